@@ -1,0 +1,1 @@
+"""Where and how runs are started. A launcher turns written configs into finished run directories."""

@@ -1,0 +1,155 @@
+"""A sweep's directory: which jobs it has, what became of each, and the ranking at the end."""
+
+import math
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from llmkit import rundir
+from llmkit.config import TrainConfig, validate, warnings
+from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError
+from llmkit.launchers.prepare import finished_result
+
+# Objectives where more is better; every other is a loss.
+MAXIMIZED = ("exact_match", "train_exact_match")
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One run of a sweep. `status` is waiting, running, or one of result.json's."""
+
+    overrides: list[str]
+    run_dir: Path
+    config: TrainConfig
+    status: str = "waiting"
+    objective: float | None = None
+    error: str | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    def record(self) -> dict[str, Any]:
+        """The job as sweep.json shows it."""
+        shown = {"overrides": self.overrides, "run_dir": str(self.run_dir), "status": self.status}
+        return shown | {"objective": self.objective, "error": self.error}
+
+
+@dataclass
+class Sweep:
+    """The jobs of this command and, from an earlier command with the same name, those that lie beside them."""
+
+    directory: Path
+    objective: str
+    jobs_of_this_command: list[Job]
+    earlier: list[dict[str, Any]]
+
+    @classmethod
+    def plan(cls, directory: Path, overrides: Sequence[Sequence[str]], configs: Sequence[TrainConfig]) -> "Sweep":
+        """Check all jobs before any starts; a job that has finished already is kept.
+
+        Raises ConfigError with the problems of all jobs.
+        """
+        names = job_names(overrides)
+        jobs, problems = [], []
+        for job_overrides, name, config in zip(overrides, names, configs, strict=True):
+            config.run_dir, config.name = str(directory / name), None
+            if config.tracking.name != "none":
+                config.tracking.group = config.tracking.group or directory.name
+            job = Job(overrides=list(job_overrides), run_dir=directory / name, config=config)
+            try:
+                validate(config)
+                if result := finished_result(config, job.run_dir):
+                    job.status, job.objective = result["status"], result["objective"]
+            except ConfigError as error:
+                problems += [f"{problem} (job {name})" for problem in error.problems]
+            jobs.append(job)
+        if problems:
+            raise ConfigError(*problems)
+        for warning in dict.fromkeys(text for job in jobs for text in warnings(job.config)):
+            print(f"warning: {warning}", file=sys.stderr)
+        known = rundir.read_json(directory / rundir.SWEEP) or {"jobs": []}
+        ours = {str(job.run_dir) for job in jobs}
+        sweep = cls(directory, configs[0].objective, jobs, [j for j in known["jobs"] if j["run_dir"] not in ours])
+        directory.mkdir(parents=True, exist_ok=True)
+        sweep.write()
+        waiting = sum(job.status == "waiting" for job in jobs)
+        kept = f"; {len(jobs) - waiting} finished before and are kept" if waiting < len(jobs) else ""
+        print(f"sweep   {directory}: {waiting} job{'s' if waiting != 1 else ''} to run{kept}", flush=True)
+        return sweep
+
+    def write(self) -> None:
+        """Write sweep.json as things stand."""
+        jobs = [*self.earlier, *(job.record() for job in self.jobs_of_this_command)]
+        rundir.write_json(self.directory / rundir.SWEEP, {"objective": self.objective, "jobs": jobs})
+
+    def record(self, job: Job, *, status: str) -> None:
+        """Note that a job has started."""
+        job.status, job.started = status, time.monotonic()
+        self.write()
+        print(f"start   {job.run_dir.name}   (log: {job.run_dir / 'console.log'})", flush=True)
+
+    def collect(self, job: Job) -> None:
+        """Note how a job ended, from its result.json."""
+        result = rundir.read_result(job.run_dir)
+        if result is None:
+            job.status, job.error = "failed", f"its process ended without a result; see {job.run_dir / 'console.log'}"
+        else:
+            job.status, job.objective, job.error = result["status"], result.get("objective"), result.get("error")
+        self.write()
+        reason = f": {job.error.splitlines()[0]}" if job.error else ""
+        value = "" if job.objective is None else f"   {self.objective} {job.objective:.4g}"
+        print(f"{job.status:<7} {job.run_dir.name}{value}   {time.monotonic() - job.started:.0f} s{reason}", flush=True)
+
+    def ranked(self) -> list[Job]:
+        """Jobs with a finite objective, the best first."""
+        done = [job for job in self.jobs_of_this_command if job.objective is not None and math.isfinite(job.objective)]
+        return sorted(done, key=lambda job: job.objective or 0.0, reverse=self.objective in MAXIMIZED)
+
+    def finish(self) -> None:
+        """Write sweep.json for the last time, print the ranking and draw the plot."""
+        from llmkit.launchers.ranking import plot, print_ranking
+
+        self.write()
+        print_ranking(self)
+        plot(self)
+
+    def exit_code(self) -> int:
+        """0 if all jobs are completed; 75 if some were stopped; 1 if any failed."""
+        statuses = {job.status for job in self.jobs_of_this_command}
+        if statuses <= {"completed"}:
+            return EXIT_DONE
+        return EXIT_FAILED if "failed" in statuses else EXIT_PREEMPTED
+
+
+def swept_values(overrides: Sequence[Sequence[str]]) -> list[dict[str, str]]:
+    """For each job the values of the keys that differ between the jobs; all keys, if none does.
+
+    A key is shortened to its last word where that is clear.
+    """
+    parser = OverridesParser.create()
+    jobs = []
+    for job in overrides:
+        parsed = [override for override in parser.parse_overrides(list(job)) if not override.is_delete()]
+        jobs.append({p.key_or_group: p.get_value_element_as_str().strip("'\"") for p in parsed})
+    keys = [key for key in dict.fromkeys(key for job in jobs for key in job) if key not in ("name", "run_dir")]
+    varying = [key for key in keys if len({job.get(key) for job in jobs}) > 1] or keys
+    words = [key.rpartition(".")[2] for key in varying]
+    short = {key: word if words.count(word) == 1 else key for key, word in zip(varying, words, strict=True)}
+    return [{short[key]: job[key] for key in varying if key in job} for job in jobs]
+
+
+def job_names(overrides: Sequence[Sequence[str]]) -> list[str]:
+    """A directory name per job, from its swept values: the same values have the same name in every command."""
+    names: list[str] = []
+    for job, values in zip(overrides, swept_values(overrides), strict=True):
+        name = re.sub(r"[^\w.=+-]+", "-", "_".join(f"{key}={value}" for key, value in sorted(values.items())))
+        name = name.strip("-.") or "job"
+        if len(name) > 100 or name in names:
+            name = f"{name[:80]}_{blake2b(','.join(sorted(job)).encode(), digest_size=4).hexdigest()}"
+        names.append(name)
+    return names

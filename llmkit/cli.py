@@ -1,0 +1,59 @@
+"""`llmkit VERB ...` is `python -m llmkit.VERB ...`; and what the verbs share: one way in and one way out.
+
+A user's mistake ends in one message and exit code 2; a traceback is for our own bugs.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
+from llmkit.errors import EXIT_DONE, EXIT_WRONG_INPUT, ConfigError, LlmkitError, did_you_mean
+
+VERBS = {
+    "train": "fine-tune a model, or sweep (-m)",
+    "doctor": "show what this machine has and what is missing",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The `llmkit` command."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print("llmkit VERB ...   (llmkit VERB --help says more)\n")
+        print("\n".join(f"  {verb:<10}{purpose}" for verb, purpose in VERBS.items()))
+        return EXIT_DONE
+    if argv[0] in ("-V", "--version", "version"):
+        from llmkit import __version__
+
+        print(__version__)
+        return EXIT_DONE
+    if argv[0] not in VERBS:
+        print(f"llmkit {argv[0]}: unknown verb.{did_you_mean(argv[0], VERBS)} Verbs: {', '.join(VERBS)}.", file=sys.stderr)
+        return EXIT_WRONG_INPUT
+    return importlib.import_module(f"llmkit.{argv[0]}").main(argv[1:])
+
+
+def guarded(verb: Callable[[list[str]], int], argv: list[str] | None) -> int:
+    """Run a verb; turn what it raises for the user into a message and an exit code."""
+    try:
+        return verb(sys.argv[1:] if argv is None else argv)
+    except LlmkitError as error:
+        print_error(error)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) has left
+        return EXIT_DONE
+
+
+def print_error(error: LlmkitError) -> None:
+    """Show an error's message on stderr; several problems as a list."""
+    problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+    if len(problems) == 1:
+        print(f"error: {problems[0]}", file=sys.stderr)
+    else:
+        print(f"{len(problems)} errors:", *(f"  - {problem}" for problem in problems), sep="\n", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

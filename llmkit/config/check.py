@@ -1,0 +1,173 @@
+"""Check overrides one by one against the schema, before Hydra composes anything.
+
+Hydra stops at its first problem and speaks of its own grammar; here every problem is found, and each message names the
+key, the value, what is legal and the nearest known name.
+"""
+
+import dataclasses
+import types
+from collections.abc import Sequence
+from typing import Any, get_args, get_origin
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llmkit.config.arguments import split_override, suggest_key, walk_schema
+from llmkit.config.foreign import FOREIGN_NAMES
+from llmkit.config.registration import group_names, group_options
+from llmkit.config.schema import GROUPS, METHOD_NODES, NODES_OF_METHOD, TrainConfig
+from llmkit.config.setting import is_legal, legal_values
+from llmkit.errors import did_you_mean
+
+
+def check_overrides(overrides: Sequence[str], *, multirun: bool) -> list[str]:
+    """All problems of `overrides`, each a message for the user; an empty list if Hydra may compose them."""
+    schema = dict(walk_schema())
+    problems: list[str] = []
+    parsed: list[Override] = []
+    parser = OverridesParser.create()
+    for text in overrides:
+        problem = _list_problem(text, schema, multirun=multirun)
+        if not problem:
+            try:
+                override = parser.parse_override(text)
+            except HydraException as error:
+                problem = f"'{text}' cannot be read: {str(error).splitlines()[0]}"
+            else:
+                parsed.append(override)
+                problem = _problem(override, schema)
+        if problem:
+            problems.append(problem)
+    return problems or _method_problems(parsed)
+
+
+def _problem(override: Override, schema: dict[str, dataclasses.Field]) -> str:
+    key = override.key_or_group
+    if key.startswith("hydra"):
+        return ""  # Hydra's own switches
+    if key in group_names():
+        return _option_problem(key, override)
+    if key.startswith("hardware.env."):
+        return ""
+    if key in schema:
+        if override.is_delete():
+            return f"~{key}: keys of the schema cannot be removed; set {key}=null to unset it."
+        return next((text for value in _values(override) if (text := _value_problem(key, value, schema[key]))), "")
+    return unknown_key(key, override.get_value_element_as_str() if not override.is_delete() else "")
+
+
+def _option_problem(group: str, override: Override) -> str:
+    options = group_options(group)
+    for option in _values(override):
+        if isinstance(option, Glob) or option is None or option in options:
+            continue
+        name = str(option)
+        more = " A hub model is model=org/name, a directory model.path=DIR." if group == "model" else ""
+        return f"{group}={name}: unknown.{did_you_mean(name, options)} {group} is one of {', '.join(options)}.{more}"
+    return ""
+
+
+def unknown_key(key: str, value: str = "") -> str:
+    """The message for a key the schema does not have."""
+    typed = f"{key}={value}" if value else key
+    last = key.rpartition(".")[2]
+    node = key.split(".")[0]
+    known = [name for name, _ in walk_schema()]
+    if (ours := FOREIGN_NAMES.get(last)) and not (ours in known and ours == key):
+        return f"{typed}: llmkit has no key '{key}'; here it is {ours}."
+    same_word = [name for name in known if name.rpartition(".")[2] == last]
+    if same_word:
+        return f"{typed}: there is no key '{key}'. Did you mean '{same_word[0]}'?"
+    siblings = [name for name in known if name.startswith(f"{node}.")]
+    if siblings and "." in key:
+        names = ", ".join(name.partition(".")[2] for name in siblings)
+        return f"{typed}: '{node}' has no key '{last}'.{did_you_mean(key, siblings)} Its keys: {names}."
+    top = [field.name for field in dataclasses.fields(TrainConfig) if field.name != "derived"]
+    return f"{typed}: there is no key '{key}'.{did_you_mean(key, top) or suggest_key(key)} Top level: {', '.join(top)}."
+
+
+def _values(override: Override) -> list[Any]:
+    """The value of an override, or the values a sweep gives it."""
+    if not override.is_sweep_override():
+        return [override.value()]
+    if override.is_range_sweep() or override.is_interval_sweep():
+        return []
+    value = override.value()
+    if isinstance(value, Glob):
+        return [value]
+    return [_plain(item) for item in getattr(value, "list", [])]
+
+
+def _plain(item: Any) -> Any:
+    return getattr(item, "text", item)  # a QuotedString
+
+
+def _value_problem(key: str, value: Any, field: dataclasses.Field) -> str:
+    value = _plain(value)
+    if isinstance(value, str) and "${" in value:
+        return ""  # an interpolation; its value is checked after composing
+    legal = legal_values(field)
+    try:
+        holder = OmegaConf.structured(_holder(key))
+        OmegaConf.update(holder, key.rpartition(".")[2], value, merge=False)
+    except OmegaConfBaseException:
+        return f"{key}={value}: expected {type_in_words(field)}{f', {legal}' if legal else ''}."
+    converted = OmegaConf.to_container(holder)[key.rpartition(".")[2]]  # type: ignore[index, call-overload]
+    if not is_legal(field, converted):
+        near = did_you_mean(str(value), map(str, field.metadata["choices"])) if field.metadata.get("choices") else ""
+        return f"{key}={value}: must be {legal}.{near}"
+    return ""
+
+
+def _holder(key: str) -> type:
+    node = key.rpartition(".")[0]
+    return {**GROUPS, **METHOD_NODES}.get(node, TrainConfig)
+
+
+def type_in_words(field: dataclasses.Field) -> str:
+    """`a whole number`, `true or false`, ... for the type of a config field."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Any: "any value"}
+    kind = field.type
+    optional = ""
+    if isinstance(kind, types.UnionType):
+        kind, optional = next(arg for arg in get_args(kind) if arg is not type(None)), " or null"
+    if get_origin(kind) is list:
+        return f"a list, [a,b]{optional}"
+    if get_origin(kind) is dict:
+        return f"a mapping, {{key: value}}{optional}"
+    return words.get(kind, str(kind)) + optional  # type: ignore[call-overload]
+
+
+def _list_problem(text: str, schema: dict[str, dataclasses.Field], *, multirun: bool) -> str:
+    """`-m lora.target_modules=q_proj,v_proj` would be a sweep of two one-module jobs; ask which is meant."""
+    key, value = split_override(text)
+    is_list = key == "lora.target_modules" or (key in schema and type_in_words(schema[key]).startswith("a list"))
+    if not is_list or "," not in value or value.startswith(("[", "'", '"', "choice(")):
+        return ""
+    sweep = " or, to sweep, ".join([""] + [f"'{key}=" + ",".join(f"[{v}]" for v in value.split(",")) + "'"] * multirun)
+    return f"{text}: {key} is a list. Write '{key}=[{value}]'{sweep}."
+
+
+def _method_problems(overrides: list[Override]) -> list[str]:
+    """`method=full lora.r=4`: a node that the chosen method does not have."""
+    if any(override.key_or_group == "experiment" for override in overrides):
+        return []  # the experiment may choose the method; composing tells
+    chosen = next((_values(o) for o in overrides if o.key_or_group == "method"), ["lora"])
+    problems = []
+    for override in overrides:
+        node = override.key_or_group.split(".")[0]
+        if node not in METHOD_NODES or "." not in override.key_or_group:
+            continue
+        without = [m for m in chosen if isinstance(m, str) and node not in NODES_OF_METHOD.get(m, ())]
+        if not without:
+            continue
+        owners = [method for method, nodes in NODES_OF_METHOD.items() if node in nodes]
+        text = f"{override.input_line}: method={without[0]} has no '{node}' settings; they belong to method="
+        text += " or method=".join(owners) + "."
+        if len(chosen) > 1:
+            text += f" A sweep makes every combination, so sweep method={without[0]} in a command of its own."
+        problems.append(text)
+    return problems

@@ -1,0 +1,91 @@
+"""Run a verb's task on the config that Hydra composes from `conf/` and the command line."""
+
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from llmkit.config.arguments import Arguments
+from llmkit.config.check import check_overrides, unknown_key
+from llmkit.config.registration import group_names, group_options, register
+from llmkit.errors import ConfigError
+
+
+def run_composed(
+    config_name: str,
+    task: Callable[[DictConfig], Any],
+    arguments: Arguments,
+    launchers: dict[str, type],
+) -> None:
+    """Compose `conf/<config_name>.yaml` with the arguments and call `task` (a sweep: the chosen launcher) on it.
+
+    Args:
+        launchers: Hydra launcher classes by name, made known under the namespace that Hydra accepts.
+
+    Raises:
+        ConfigError: lists every problem of the overrides.
+    """
+    if arguments.multirun and set(arguments.switches) & {"--cfg", "-c", "--info", "-i"}:
+        raise ConfigError("--cfg and --info show one config: leave out -m and the values to sweep.")
+    register()
+    _register_launchers(launchers)
+    problems = check_overrides(arguments.overrides, multirun=arguments.multirun)
+    if problems:
+        raise ConfigError(*problems)
+    entry = hydra.main(version_base="1.3", config_path="pkg://llmkit.conf", config_name=config_name)(task)
+    with _hydra_environment([sys.argv[0], *arguments.to_argv()]):
+        try:
+            entry()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(_explain(error)) from error
+
+
+@contextmanager
+def _hydra_environment(argv: list[str]) -> Iterator[None]:
+    """Hydra reads sys.argv, and hands exceptions on (instead of printing them and exiting 1) with HYDRA_FULL_ERROR."""
+    saved_argv, saved_switch = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = argv, "1"
+    try:
+        yield
+    finally:
+        sys.argv = saved_argv
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if saved_switch is not None:
+            os.environ["HYDRA_FULL_ERROR"] = saved_switch
+
+
+def _register_launchers(launchers: dict[str, type]) -> None:
+    """Give the launchers a home in `hydra_plugins`, the one namespace Hydra instantiates plugins from.
+
+    A real namespace package would be imported at the start of every Hydra program on the machine.
+    """
+    from hydra.core.plugins import Plugins
+
+    module = types.ModuleType("hydra_plugins.llmkit_launchers")
+    for name, launcher in launchers.items():
+        setattr(module, name, launcher)
+        launcher.__module__ = module.__name__
+        Plugins.instance().register(launcher)
+    sys.modules[module.__name__] = module
+
+
+def groups_in_words() -> str:
+    """The groups and their options, for `--help`."""
+    return "\n".join(f"  {group:<11}{', '.join(group_options(group))}" for group in group_names())
+
+
+def _explain(error: Exception) -> str:
+    """Hydra's and OmegaConf's words for what the checks of single overrides could not see."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
+    key = getattr(cause or error, "full_key", None)
+    text = str(cause or error).splitlines()[0]
+    if key and "not in" in text:
+        return unknown_key(str(key))
+    return f"{key}: {text}" if key else str(error).split("\nConfig search path")[0].strip()

@@ -1,0 +1,70 @@
+"""`config.yaml` in a run directory: written, read back, and compared with what a new command asks for."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llmkit import rundir
+from llmkit.config.schema import METHOD_NODES, LocalLauncherConfig, TrainConfig
+from llmkit.errors import ConfigError
+
+# Where a run lives and how it is started is not what it computes.
+NOT_COMPARED = ("name", "run_dir", "derived", "launcher")
+UNSET = (None, "auto")
+
+
+def save(config: TrainConfig, run_dir: Path) -> None:
+    """Write `config` to `<run_dir>/config.yaml`, without its own place, so that the file repeats the run elsewhere."""
+    values = dataclasses.asdict(config)
+    del values["name"], values["run_dir"]
+    head = f"# Repeat this run: llmkit train {run_dir / rundir.CONFIG}\n"
+    partial = run_dir / f".{rundir.CONFIG}.{os.getpid()}"
+    partial.write_text(head + OmegaConf.to_yaml(OmegaConf.create(values)), encoding="utf-8")
+    os.replace(partial, run_dir / rundir.CONFIG)
+
+
+def load(run_dir: Path) -> TrainConfig:
+    """The typed config of a run. Raises ConfigError if there is none or it does not fit the schema."""
+    path = run_dir / rundir.CONFIG
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} is not a run directory: it holds no {rundir.CONFIG}.")
+    try:
+        values = OmegaConf.load(path)
+        schema = OmegaConf.structured(TrainConfig)
+        for name, node in {**METHOD_NODES, "launcher": LocalLauncherConfig}.items():
+            if values.get(name) is not None:
+                schema[name] = OmegaConf.structured(node)
+        config: Any = OmegaConf.to_object(OmegaConf.merge(schema, values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error.full_key}: {str(error).splitlines()[0]}") from error
+    config.run_dir = str(run_dir)
+    return config
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """What `new` asks for that `old` did not: `key: old -> new`, one line each.
+
+    A value the worker had filled in differs from nothing while the new config leaves it open.
+    """
+    before, after = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        left, right = before.get(key), after.get(key)
+        filled_in = right in UNSET and (key in old.derived or key == "model.commit")
+        if left != right and not filled_in and key.split(".")[0] not in NOT_COMPARED:
+            lines.append(f"{key}: {left} -> {right}")
+    return lines
+
+
+def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in node.items():
+        if isinstance(value, dict) and f"{prefix}{key}" != "hardware.env":
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,39 @@
+"""Make the typed schema known to Hydra, under the names that `conf/` refers to."""
+
+import functools
+from importlib import resources
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from llmkit.config.schema import GROUPS, METHOD_NODES, LocalLauncherConfig, TrainConfig
+from llmkit.rundir import default_run_dir
+
+
+@functools.cache
+def register() -> None:
+    """Register the schema nodes and the one resolver `conf/` uses; once per process."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+    for name, node in METHOD_NODES.items():
+        store.store(group="schema", name=name, node=node)
+    store.store(group="schema/launcher", name="local", node=LocalLauncherConfig)
+    # Cached: a sweep's directory must not move when the clock ticks between two readings.
+    OmegaConf.register_new_resolver(
+        "llmkit_run_dir", lambda run_dir, name: run_dir or default_run_dir(name), use_cache=True, replace=True
+    )
+
+
+@functools.cache
+def group_options(group: str) -> tuple[str, ...]:
+    """The options of a config group: the names of its files, sorted. Empty if there is no such group."""
+    folder = resources.files("llmkit.conf") / group
+    if not folder.is_dir():
+        return ()
+    return tuple(sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".yaml")))
+
+
+@functools.cache
+def group_names() -> tuple[str, ...]:
+    """All groups a user can pick from."""
+    return (*GROUPS, "experiment")

@@ -1,0 +1,97 @@
+"""From the composed DictConfig to one plain, complete TrainConfig: fill in what follows from the rest."""
+
+import re
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llmkit.config.schema import LoraConfig, TrainConfig, TrainingConfig
+from llmkit.errors import ConfigError
+
+DEFAULT_GLOBAL_BATCH_SIZE = 16
+DEFAULT_LEARNING_RATE = {"full": 2e-5, "freeze": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+SECRET = re.compile(r"(?i)(token|secret|password|api_?key|credential)")
+
+
+def resolve(config: DictConfig) -> TrainConfig:
+    """The typed config with every derived value filled in; `derived` lists their keys.
+
+    What only the training machine knows (device, precision, the model's context) stays open: the worker fills it in.
+    Raises ConfigError for values that cannot be resolved and for secrets, which belong in the environment.
+    """
+    node = OmegaConf.create({key: value for key, value in config.items_ex(resolve=False) if key != "hydra"})
+    _refuse_secrets(OmegaConf.to_container(node, resolve=False))
+    try:
+        values: Any = OmegaConf.to_object(node)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    resolved = TrainConfig(**values)
+    if resolved.training.learning_rate is None and resolved.method.name in DEFAULT_LEARNING_RATE:
+        resolved.training.learning_rate = DEFAULT_LEARNING_RATE[resolved.method.name]
+        resolved.derived.append("training.learning_rate")
+    if isinstance(resolved.lora, LoraConfig) and resolved.lora.lora_alpha is None:
+        resolved.lora.lora_alpha = 2 * resolved.lora.r
+        resolved.derived.append("lora.lora_alpha")
+    devices = resolved.hardware.num_processes * resolved.hardware.num_nodes
+    resolved.derived += resolve_batch(resolved.training, devices)
+    return resolved
+
+
+def resolve_batch(training: TrainingConfig, devices: int) -> list[str]:
+    """Complete global batch = micro-batch x accumulation x devices in place; return the keys that were filled in.
+
+    Raises ConfigError if the given values contradict each other or do not divide.
+    """
+    total, micro, steps = (
+        training.global_batch_size,
+        training.per_device_train_batch_size,
+        training.gradient_accumulation_steps,
+    )
+    given = {
+        "training.global_batch_size": total,
+        "training.per_device_train_batch_size": micro,
+        "training.gradient_accumulation_steps": steps,
+    }
+    if total is None:
+        total = micro * (steps or 1) * devices if micro else max(DEFAULT_GLOBAL_BATCH_SIZE, (steps or 1) * devices)
+        if not micro:
+            total -= total % ((steps or 1) * devices)
+    if micro is None:
+        micro = total // ((steps or 1) * devices)
+    if steps is None:
+        steps = total // (micro * devices) if micro else 0
+    if micro * steps * devices != total or not total:
+        stated = ", ".join(f"{key}={value}" for key, value in given.items() if value is not None)
+        raise ConfigError(
+            f"{stated}: examples per step must be global_batch_size = per_device_train_batch_size x "
+            f"gradient_accumulation_steps x {devices} device{'s' if devices > 1 else ''}; unset one of them, or make "
+            "global_batch_size divide."
+        )
+    training.global_batch_size = total
+    training.per_device_train_batch_size = micro
+    training.gradient_accumulation_steps = steps
+    derived = [key for key, value in given.items() if value is None]
+    if training.per_device_eval_batch_size is None:
+        training.per_device_eval_batch_size = 2 * micro
+        derived.append("training.per_device_eval_batch_size")
+    return derived
+
+
+def _refuse_secrets(values: Any, key: str = "") -> None:
+    if isinstance(values, dict):
+        for name, value in values.items():
+            dotted = f"{key}.{name}" if key else str(name)
+            if dotted.startswith("hardware.env.") and SECRET.search(str(name)):
+                raise ConfigError(
+                    f"{dotted}: secrets are never part of a config, which is written to disk; "
+                    f"export {name} in the shell that starts llmkit, and the run has it."
+                )
+            _refuse_secrets(value, dotted)
+    elif isinstance(values, list):
+        for value in values:
+            _refuse_secrets(value, key)
+    elif isinstance(values, str):
+        for name in re.findall(r"\$\{oc\.env:\s*([^,}]+)", values):
+            if SECRET.search(name):
+                raise ConfigError(f"{key}: ${{oc.env:{name}}} would write a secret to disk; llmkit reads {name} itself.")

@@ -1,0 +1,247 @@
+"""The typed config: every key a run can have, with its meaning, unit, default and legal range.
+
+Field names are those of the library a value goes to (Transformers, PEFT, bitsandbytes, DeepSpeed, W&B).
+`conf/` sets values; nothing is declared there. Nodes typed `Any` at the root exist only when their group asks for
+them: `lora` with `method=lora`, so that `method=full lora.r=4` is an error and not a setting without effect.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmkit.config.setting import setting
+
+METHODS = ("full", "freeze", "lora", "qlora")
+PRECISIONS = ("auto", "bf16", "fp16", "fp32", "bf16_pure")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    name: str = setting("custom", "The option of the model group; `custom` for any hub id or directory.")
+    hub_id: str | None = setting(None, "Hugging Face hub id, `org/name`.")
+    revision: str = setting("main", "Branch, tag or commit of the hub model.")
+    commit: str | None = setting(None, "The commit `revision` was at; the worker records it, and a repeated run uses it.")
+    path: str | None = setting(None, "A directory with a model; takes the place of `hub_id`.", path=True)
+    context_length: int | None = setting(None, "Longest sequence in tokens; unset: the model's own config says.", gt=0)
+    parameters: float | None = setting(None, "Number of parameters; unset: counted when the model is loaded.", gt=0)
+    gated: bool = setting(False, "Whether the hub asks for an accepted licence and a token (HF_TOKEN).")
+    attn_implementation: str = setting(
+        "auto",
+        "Attention kernel; `auto` lets Transformers choose.",
+        choices=("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"),
+    )
+    chat_template: str = setting(
+        "keep-original",
+        "Template where `data.chat_template` is unset: `keep-original`, a shipped name, or a Jinja file.",
+        path=True,
+    )
+    pad_token: str = setting("auto", "Padding token: `auto`, `unk`, `bos`, `eos`, or a token of the vocabulary.")
+    trust_remote_code: bool = setting(False, "Run Python code that comes with the model; off unless you trust it.")
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    name: str = setting("jsonl", "The option of the data group.")
+    path: str | None = setting(None, "Training data: a file, or a directory holding train.jsonl.", path=True)
+    hub_id: str | None = setting(None, "Hub data set, `org/name`, used where `path` is unset.")
+    hub_config: str | None = setting(None, "Configuration of the hub data set.")
+    format: str = setting(
+        "auto",
+        "Layout of a row; `auto` detects it from the columns.",
+        choices=("auto", "messages", "question_answer"),
+    )
+    validation: Any = setting(0.05, "Held-out rows: a file, a share of the training rows (0-1), or null.", path=True)
+    max_length: int | None = setting(
+        None, "Longest example in tokens; unset: the model's context, at most 2048.", ge=8
+    )
+    chat_template: str | None = setting(
+        None, "`keep-original`, a shipped name (chat-ml, plain), or a Jinja file; unset: model.chat_template.", path=True
+    )
+    on_overlong: str = setting("error", "What happens to rows over max_length.", choices=("error", "drop"))
+    on_empty: str = setting("error", "What happens to rows with nothing to learn from.", choices=("error", "drop"))
+    limit: int | None = setting(None, "Use only the first rows of the training data.", gt=0)
+
+
+@dataclass(kw_only=True, slots=True)
+class MethodConfig:
+    name: str = setting("lora", "What is trained.", choices=METHODS)
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """PEFT's names; see peft.LoraConfig."""
+
+    r: int = setting(8, "Rank of the adapter matrices.", ge=1)
+    lora_alpha: int | None = setting(None, "Scale of the update is lora_alpha / r; unset: 2r.", gt=0)
+    lora_dropout: float = setting(0.0, "Dropout on the adapter's input.", ge=0, lt=1)
+    target_modules: Any = setting("all-linear", "Modules that get an adapter: a list of names, or `all-linear`.")
+    modules_to_save: list[str] | None = setting(None, "Modules trained in full and saved with the adapter.")
+    use_rslora: bool = setting(False, "Scale by lora_alpha / sqrt(r) (arXiv 2312.03732).")
+    use_dora: bool = setting(False, "Weight-decomposed LoRA (arXiv 2402.09353).")
+    init_lora_weights: Any = setting(True, "PEFT's initialisation: true, gaussian, pissa, olora, ...")
+    bias: str = setting("none", "Which biases are trained too.", choices=("none", "all", "lora_only"))
+    layers_to_transform: list[int] | None = setting(None, "Indices of the layers that get adapters; unset: all.")
+
+
+@dataclass(kw_only=True, slots=True)
+class QloraConfig:
+    """How the frozen base is quantized by bitsandbytes; the adapter itself is the `lora` node."""
+
+    bits: int = setting(4, "Bits per frozen weight.", choices=(4, 8))
+    bnb_4bit_quant_type: str = setting("nf4", "4-bit data type (arXiv 2305.14314).", choices=("nf4", "fp4"))
+    bnb_4bit_use_double_quant: bool = setting(True, "Quantize the 4-bit scales too; saves 0.4 bits per weight.")
+
+
+@dataclass(kw_only=True, slots=True)
+class FreezeConfig:
+    last_n_layers: int = setting(2, "Number of decoder layers, counted from the last, that are trained.", ge=0)
+    patterns: list[str] = setting([], "Regular expressions; parameters whose name matches one are trained too.")
+    embeddings: bool = setting(False, "Train the input embeddings.")
+    head: bool = setting(False, "Train the output head.")
+
+
+@dataclass(kw_only=True, slots=True)
+class PrecisionConfig:
+    name: str = setting(
+        "auto",
+        "Arithmetic: fp32, bf16/fp16 (mixed, trained weights in fp32), bf16_pure (all in bf16), auto (the device's best).",
+        choices=PRECISIONS,
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class DeepSpeedConfig:
+    """DeepSpeed's `zero_optimization` section, in its own names."""
+
+    name: str = setting("none", "The option of the deepspeed group.")
+    stage: int = setting(0, "ZeRO stage; 0 is no DeepSpeed.", choices=(0, 1, 2, 3))
+    overlap_comm: bool = setting(True, "Overlap gradient reduction with the backward pass.")
+    contiguous_gradients: bool = setting(True, "Copy gradients to a contiguous buffer as they are produced.")
+    reduce_bucket_size: Any = setting("auto", "Elements reduced at a time, or auto.")
+    offload_optimizer: str = setting("none", "Where optimizer state lives.", choices=("none", "cpu", "nvme"))
+    offload_param: str = setting("none", "Where parameters live (stage 3).", choices=("none", "cpu", "nvme"))
+    stage3_gather_16bit_weights_on_model_save: bool = setting(True, "Save a whole model under stage 3.")
+
+
+@dataclass(kw_only=True, slots=True)
+class HardwareConfig:
+    name: str = setting("auto", "The option of the hardware group.")
+    device: str = setting("auto", "Device kind; `auto`: a GPU where there is one.", choices=DEVICES)
+    memory_gib: float | None = setting(None, "Memory of one device in GiB; unset: asked of the device.", gt=0)
+    precisions: list[str] = setting(["fp32", "bf16", "bf16_pure", "fp16"], "Precisions the device computes natively.")
+    env: dict[str, str] = setting({}, "Environment variables of the worker.")
+    price_per_hour: float | None = setting(None, "Price of one device per hour, in your currency.", ge=0)
+    num_processes: int = setting(1, "Processes (devices) per node.", ge=1)
+    num_nodes: int = setting(1, "Machines.", ge=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainingConfig:
+    """Transformers' names; see transformers.TrainingArguments."""
+
+    num_train_epochs: float = setting(3.0, "Passes over the training data.", gt=0)
+    max_steps: int | None = setting(None, "Optimizer steps; set, it takes the place of num_train_epochs.", ge=1)
+    learning_rate: float | None = setting(
+        None, "Peak learning rate; unset: 2e-4 for lora and qlora, 2e-5 for full and freeze.", gt=0
+    )
+    lr_scheduler_type: str = setting(
+        "cosine",
+        "Shape of the learning rate over the run.",
+        choices=("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial", "cosine_with_restarts"),
+    )
+    warmup_steps: float = setting(0.03, "Warm-up: steps, or below 1 a share of all steps.", ge=0)
+    global_batch_size: int | None = setting(
+        None, "Examples per optimizer step over all devices; unset: 16, or what the two keys below make.", ge=1
+    )
+    per_device_train_batch_size: int | None = setting(None, "Examples per device at a time (micro-batch).", ge=1)
+    gradient_accumulation_steps: int | None = setting(None, "Micro-batches per optimizer step.", ge=1)
+    per_device_eval_batch_size: int | None = setting(None, "As above, in evaluation; unset: twice the micro-batch.", ge=1)
+    weight_decay: float = setting(0.0, "Decoupled weight decay.", ge=0)
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm; 0 switches clipping off.", ge=0)
+    optim: str = setting("adamw_torch", "Optimizer, by Transformers' name (adamw_torch, adamw_8bit, adafactor, ...).")
+    adam_beta1: float = setting(0.9, "AdamW's first moment decay.", ge=0, lt=1)
+    adam_beta2: float = setting(0.999, "AdamW's second moment decay.", ge=0, lt=1)
+    adam_epsilon: float = setting(1e-8, "AdamW's epsilon.", gt=0)
+    gradient_checkpointing: bool | None = setting(
+        None, "Recompute activations to save memory; unset: on from half a billion parameters."
+    )
+    logging_steps: int = setting(10, "Steps between two lines of metrics.", ge=1)
+    eval_steps: float = setting(0.25, "Steps between evaluations, or below 1 a share of the run.", gt=0)
+    save_steps: float | None = setting(
+        None, "Steps between checkpoints, or below 1 a share of the run; unset: none are kept.", gt=0
+    )
+    final: str = setting("last", "Which weights `final/` holds: of the last step or of the best evaluation.", choices=("last", "best"))
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluationConfig:
+    examples: int = setting(64, "Rows per split whose answers are generated and compared (exact match); 0: none.", ge=0)
+    samples: int = setting(3, "Fixed prompts whose answers are shown at each evaluation.", ge=0)
+    max_new_tokens: int | None = setting(
+        None, "Longest generated answer in tokens; unset: that of the longest reference answer, at most 256.", ge=1
+    )
+    baseline: bool = setting(True, "Measure the base model before training, for comparison.")
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    """W&B's names for project, entity, group and tags."""
+
+    name: str = setting("none", "The option of the tracking group.", choices=("none", "wandb"))
+    report_to: list[str] = setting([], "Other trackers Transformers knows: tensorboard, mlflow, ...")
+    project: str = setting("llmkit", "W&B project.")
+    entity: str | None = setting(None, "W&B user or team; unset: the key's default.")
+    group: str | None = setting(None, "W&B group; unset: a sweep's jobs are grouped under the sweep's directory name.")
+    run_name: str | None = setting(None, "Name of the run in the tracker; unset: the run directory's name.")
+    tags: list[str] = setting([], "W&B tags.")
+
+
+@dataclass(kw_only=True, slots=True)
+class LocalLauncherConfig:
+    name: str = setting("local", "The option of the launcher group.")
+    max_parallel: int | None = setting(None, "Jobs of a sweep at a time; unset: one per GPU, one on a CPU.", ge=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    recipe: str = setting("sft", "What the run does.", choices=("sft",))
+    name: str | None = setting(None, "Name of the run: it lives in runs/<name>; unset: a timestamp.")
+    run_dir: str | None = setting(None, "Directory of the run; unset: runs/<name>.", path=True)
+    seed: int = setting(42, "Seed of initialisation, data order and dropout.", ge=0)
+    objective: str = setting(
+        "eval_loss",
+        "The figure a sweep compares runs by.",
+        choices=("eval_loss", "train_loss", "exact_match", "train_exact_match"),
+    )
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    lora: Any = None
+    qlora: Any = None
+    freeze: Any = None
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    launcher: Any = None
+    derived: list[str] = setting([], "Keys llmkit filled in; a run repeated from its config.yaml derives them anew.")
+
+
+# Config groups and the dataclass that types each, in the order a reader meets them.
+GROUPS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "method": MethodConfig,
+    "precision": PrecisionConfig,
+    "deepspeed": DeepSpeedConfig,
+    "hardware": HardwareConfig,
+    "training": TrainingConfig,
+    "evaluation": EvaluationConfig,
+    "tracking": TrackingConfig,
+    "launcher": LocalLauncherConfig,
+}
+METHOD_NODES: dict[str, type] = {"lora": LoraConfig, "qlora": QloraConfig, "freeze": FreezeConfig}
+# Which nodes a method has beside the common ones.
+NODES_OF_METHOD = {"full": (), "freeze": ("freeze",), "lora": ("lora",), "qlora": ("lora", "qlora")}

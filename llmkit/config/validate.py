@@ -1,0 +1,140 @@
+"""Rules that a whole config must satisfy: ranges of every value, and values that must fit together.
+
+All problems are reported in one message. What only the training machine can tell (does the device compute bf16?) is
+checked there, by the worker.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from llmkit.config.schema import NODES_OF_METHOD, LoraConfig, TrainConfig
+from llmkit.config.setting import is_legal, legal_values
+from llmkit.errors import ConfigError, did_you_mean
+
+
+def validate(config: TrainConfig) -> None:
+    """Raise one ConfigError that lists every problem of `config`."""
+    problems = [
+        *_range_problems(config),
+        *_method_problems(config),
+        *_model_problems(config),
+        *_data_problems(config),
+        *_hardware_problems(config),
+    ]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def warnings(config: TrainConfig) -> list[str]:
+    """Settings that are legal but have no effect, or not the one a user would expect."""
+    found = []
+    training = config.training
+    if config.model.name == "tiny" and config.data.name != "demo":
+        found.append(
+            "model=tiny is the demo's random toy: it learns the form of your data and little else. "
+            "Choose a real one, for example model=qwen3_0_6b."
+        )
+    if training.max_steps is not None and training.num_train_epochs != 3.0:
+        found.append(
+            f"training.num_train_epochs={training.num_train_epochs:g} has no effect: "
+            f"training.max_steps={training.max_steps} says when the run ends."
+        )
+    if training.warmup_steps and training.lr_scheduler_type == "constant":
+        found.append(
+            "training.warmup_steps has no effect with lr_scheduler_type=constant; constant_with_warmup has one."
+        )
+    if config.model.path and config.model.hub_id:
+        found.append(f"model.hub_id={config.model.hub_id} has no effect: model.path={config.model.path} is loaded.")
+    if config.data.path and config.data.hub_id:
+        found.append(f"data.hub_id={config.data.hub_id} has no effect: data.path={config.data.path} is read.")
+    if config.data.validation is None and training.final == "best":
+        found.append("training.final=best has no effect without data.validation: the last weights are kept.")
+    if config.tracking.name == "none" and (config.tracking.tags or config.tracking.entity or config.tracking.group):
+        found.append("tracking.tags, entity and group have no effect with tracking=none; choose tracking=wandb.")
+    if config.qlora is not None and config.qlora.bits == 8 and config.qlora.bnb_4bit_quant_type != "nf4":
+        found.append("qlora.bnb_4bit_quant_type has no effect with qlora.bits=8.")
+    return found
+
+
+def _range_problems(node: Any, prefix: str = "") -> list[str]:
+    problems = []
+    for field in dataclasses.fields(node):
+        value, key = getattr(node, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            problems += _range_problems(value, f"{key}.")
+        elif not is_legal(field, value):
+            problems.append(f"{key}={value}: must be {legal_values(field)}.")
+    return problems
+
+
+def _method_problems(config: TrainConfig) -> list[str]:
+    problems = []
+    method = config.method.name
+    wanted = NODES_OF_METHOD.get(method, ())
+    for node in ("lora", "qlora", "freeze"):
+        if (getattr(config, node) is not None) != (node in wanted):
+            problems.append(
+                f"method.name={method} does not go with its settings ({node}); choose it with method={method}."
+            )
+    if isinstance(config.lora, LoraConfig):
+        target = config.lora.target_modules
+        if isinstance(target, str) and target != "all-linear":
+            problems.append(f"lora.target_modules={target}: write a list, [{target}], or all-linear.")
+        elif isinstance(target, list) and not all(isinstance(name, str) for name in target):
+            problems.append(f"lora.target_modules={target}: a list of module names, for example [q_proj,v_proj].")
+        elif not target:
+            problems.append("lora.target_modules is empty: no parameter would be trained.")
+    if config.freeze is not None and not (
+        config.freeze.last_n_layers or config.freeze.patterns or config.freeze.embeddings or config.freeze.head
+    ):
+        problems.append("freeze: nothing is left to train; set last_n_layers, patterns, embeddings or head.")
+    return problems
+
+
+def _model_problems(config: TrainConfig) -> list[str]:
+    model = config.model
+    if not (model.path or model.hub_id or model.name == "tiny"):
+        return ["model=custom: say which, with model=org/name (the hub) or model.path=DIR."]
+    if model.path and not Path(model.path).is_dir():
+        return [f"model.path={model.path}: the directory does not exist."]
+    return []
+
+
+def _data_problems(config: TrainConfig) -> list[str]:
+    data = config.data
+    problems = []
+    if not (data.path or data.hub_id):
+        problems.append(f"data={data.name}: say where the rows are, with data.path=FILE.")
+    if data.path and data.path != "demo" and not Path(data.path).exists():
+        problems.append(f"data.path={data.path}: does not exist (seen from {Path.cwd()}).{_near_file(data.path)}")
+    held_out = data.validation
+    if isinstance(held_out, bool) or (isinstance(held_out, int | float) and not 0 < held_out < 1):
+        problems.append(f"data.validation={held_out}: a share between 0 and 1, a file, or null.")
+    elif isinstance(held_out, str) and held_out != "demo" and not Path(held_out).exists():
+        problems.append(f"data.validation={held_out}: does not exist.{_near_file(held_out)}")
+    if config.model.context_length and data.max_length and data.max_length > config.model.context_length:
+        problems.append(
+            f"data.max_length={data.max_length}: {config.model.name} takes at most {config.model.context_length} tokens."
+        )
+    return problems
+
+
+def _near_file(path: str) -> str:
+    folder = Path(path).parent
+    return did_you_mean(Path(path).name, [f.name for f in folder.iterdir()]) if folder.is_dir() else ""
+
+
+def _hardware_problems(config: TrainConfig) -> list[str]:
+    hardware, precision = config.hardware, config.precision.name
+    problems = []
+    if precision != "auto" and precision not in hardware.precisions:
+        problems.append(
+            f"precision={precision}: hardware={hardware.name} has {', '.join(hardware.precisions)}."
+        )
+    if hardware.num_processes * hardware.num_nodes > 1:
+        problems.append(
+            f"hardware.num_processes={hardware.num_processes} hardware.num_nodes={hardware.num_nodes}: this version "
+            "trains on one device; use 1 and 1."
+        )
+    return problems

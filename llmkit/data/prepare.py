@@ -1,0 +1,163 @@
+"""Rows -> token ids and labels, with every row accounted for.
+
+The result goes to the trainer as it is (`input_ids`, `labels`): what is trained on is what was checked here.
+"""
+
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from llmkit.config.schema import DataConfig
+from llmkit.data.formats import Message, to_messages
+from llmkit.data.masks import answer_spans, render
+from llmkit.data.sources import Row, read_training_rows, read_validation_rows
+from llmkit.errors import DataError
+
+IGNORED = -100  # the label that PyTorch's cross entropy skips
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Prepared rows: `dataset` has input_ids and labels; `messages` are the same rows for generation."""
+
+    dataset: datasets.Dataset
+    messages: list[list[Message]]
+    tokens: int
+    supervised_tokens: int
+    longest: int
+    dropped: dict[str, int]
+    end_tokens: frozenset[int]  # the token each answer ends with
+
+    def __len__(self) -> int:
+        return len(self.messages)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedData:
+    train: Split
+    validation: Split | None
+    fingerprint: str
+
+
+def prepare_data(data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> PreparedData:
+    """Read, hold out, render, tokenize and mask.
+
+    Args:
+        max_length: longest row in tokens; longer ones are an error or dropped (`data.on_overlong`).
+
+    Raises:
+        DataError: names file and row, or counts rows and says what would help.
+    """
+    rows = read_training_rows(data)
+    messages = to_messages(rows, data.format)
+    validation = None
+    if isinstance(data.validation, str):
+        held_out_rows = read_validation_rows(data.validation)
+        held_out = to_messages(held_out_rows, data.format)
+        validation = tokenize(held_out_rows, held_out, tokenizer, data, max_length=max_length)
+    elif data.validation:
+        chosen = held_out_indices(messages, data.validation)
+        held_out_rows, held_out = [rows[i] for i in chosen], [messages[i] for i in chosen]
+        rest = sorted(set(range(len(rows))) - set(chosen))
+        if not rest:
+            raise DataError(f"data.validation={data.validation} holds out all {len(rows)} rows; null holds out none.")
+        rows, messages = [rows[i] for i in rest], [messages[i] for i in rest]
+        validation = tokenize(held_out_rows, held_out, tokenizer, data, max_length=max_length)
+    train = tokenize(rows, messages, tokenizer, data, max_length=max_length)
+    return PreparedData(train=train, validation=validation, fingerprint=_fingerprint(train, validation))
+
+
+def held_out_indices(messages: list[list[Message]], share: float) -> list[int]:
+    """The rows to hold out: by a hash of their content, so that a duplicate is on the same side and no seed moves it.
+
+    At least one row, the one with the smallest hash.
+    """
+    digests = [_content_hash(conversation) for conversation in messages]
+    limit = max(int(share * 2**64), min(digests) + 1)
+    return [index for index, digest in enumerate(digests) if digest < limit]
+
+
+def _content_hash(conversation: list[Message]) -> int:
+    text = "\x1e".join(f"{message['role']}\x1f{message['content']}" for message in conversation)
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def tokenize(
+    rows: list[Row], messages: list[list[Message]], tokenizer: PreTrainedTokenizerBase, data: DataConfig, *, max_length: int
+) -> Split:
+    """Token ids of each rendered conversation; labels are the ids inside answers and IGNORED elsewhere."""
+    texts, spans = [], []
+    for row, conversation in zip(rows, messages, strict=True):
+        try:
+            text = render(tokenizer, conversation)
+            spans.append(answer_spans(tokenizer, conversation, text))
+        except DataError as error:
+            raise DataError(f"{row.place()}: {error}") from error
+        except Exception as error:  # a template raises what it likes (jinja2.TemplateError, KeyError, ...)
+            raise DataError(f"{row.place()}: the chat template refuses it: {error}") from error
+        texts.append(text)
+    # The template writes the special tokens; the tokenizer must not add its own a second time.
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
+    ids = [np.asarray(row_ids, dtype=np.int32) for row_ids in encoded["input_ids"]]
+    labels = [
+        _labels(row_ids, np.asarray(offsets, dtype=np.int64).reshape(-1, 2), row_spans)
+        for row_ids, offsets, row_spans in zip(ids, encoded["offset_mapping"], spans, strict=True)
+    ]
+    lengths = np.array([len(row_ids) for row_ids in ids])
+    supervised = np.array([(row_labels != IGNORED).sum() for row_labels in labels])
+    overlong, empty = lengths > max_length, supervised == 0
+    if overlong.any() and data.on_overlong == "error":
+        first = rows[int(overlong.argmax())]
+        raise DataError(
+            f"{overlong.sum():,} of {len(rows):,} rows exceed {max_length:,} tokens (the first: {first.place()}): "
+            f"data.max_length={lengths.max()} takes them all, data.on_overlong=drop leaves them out."
+        )
+    if empty.any() and data.on_empty == "error":
+        first = int(empty.argmax())
+        raise DataError(
+            f"{empty.sum():,} of {len(rows):,} rows have no answer to learn from (the first: {rows[first].place()}: "
+            f"{texts[first][:200]!r}); data.on_empty=drop leaves them out."
+        )
+    keep = np.flatnonzero(~overlong & ~empty)
+    if not len(keep):
+        raise DataError(f"{rows[0].source}: all {len(rows):,} rows are dropped; nothing is left to train on.")
+    ids, labels = [ids[i] for i in keep], [labels[i] for i in keep]
+    return Split(
+        dataset=datasets.Dataset(pa.table({"input_ids": _arrow_lists(ids), "labels": _arrow_lists(labels)})),
+        messages=[messages[i] for i in keep],
+        tokens=int(lengths[keep].sum()),
+        supervised_tokens=int(supervised[keep].sum()),
+        longest=int(lengths[keep].max()),
+        dropped={"overlong": int(overlong.sum()), "empty": int((empty & ~overlong).sum())},
+        end_tokens=frozenset(int(row_labels[row_labels != IGNORED][-1]) for row_labels in labels),
+    )
+
+
+def _labels(ids: np.ndarray, offsets: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
+    """A token is learnt if it begins inside an answer; one that the template glued to the prompt is not."""
+    labels = np.full_like(ids, IGNORED)
+    for start, end in spans:
+        inside = (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])
+        labels[inside] = ids[inside]
+    return labels
+
+
+def _arrow_lists(arrays: list[np.ndarray]) -> pa.ListArray:
+    offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, np.concatenate(arrays))
+
+
+def _fingerprint(*splits: Split | None) -> str:
+    """A hash of all ids and labels: equal data, equal fingerprint."""
+    digest = blake2b(digest_size=16)
+    for split in splits:
+        if split is not None:
+            for column in ("input_ids", "labels"):
+                for chunk in split.dataset.data.column(column).chunks:
+                    digest.update(chunk.offsets.to_numpy().tobytes())
+                    digest.update(chunk.values.to_numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,69 @@
+"""The run directory: where a run lives and which files it holds (the contract with users and tools)."""
+
+import datetime
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from llmkit.errors import ConfigError
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+RESULT = "result.json"
+FINAL = "final"
+CHECKPOINTS = "checkpoints"
+LOSS_PLOT = "loss.png"
+SAMPLES = "samples.jsonl"
+NON_FINITE_BATCH = "nonfinite_batch.json"
+SWEEP = "sweep.json"
+LOCK = ".lock"
+
+
+def default_run_dir(name: str | None = None) -> str:
+    """`runs/<name>`, or `runs/<date>_<time>` for a run without a name."""
+    return f"runs/{name or datetime.datetime.now().strftime('%Y-%m-%d_%H-%M-%S')}"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON in one step: a reader sees the old file or the new one, never half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`, or None if there is no such file. Raises ConfigError if it is something else."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); remove it to start afresh.") from error
+
+
+def read_result(run_dir: Path) -> dict[str, Any] | None:
+    """The run's `result.json`, or None while there is none."""
+    return read_json(run_dir / RESULT)
+
+
+def lock(run_dir: Path) -> IO[str]:
+    """Become the one writer of `run_dir`; the lock ends when the returned file (and its copies in children) close.
+
+    Raises ConfigError, naming the process, if another one holds it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = open(run_dir / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - the open file is the lock
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise ConfigError(f"{run_dir} is in use by {holder}; wait for it, stop it, or choose another name=.") from None
+    file.seek(0)
+    file.truncate()
+    file.write(f"process {os.getpid()} on {os.uname().nodename}")
+    file.flush()
+    return file

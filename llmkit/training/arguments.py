@@ -1,0 +1,100 @@
+"""Our config -> the arguments of TRL's and Transformers' trainers. Every name on the right is upstream's."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.training_args import OptimizerNames
+
+from llmkit.config.schema import DeepSpeedConfig, TrainConfig, TrainingConfig
+from llmkit.errors import ConfigError, did_you_mean
+from llmkit.model.precision import Precision
+
+# From here on, recomputing activations costs less than running out of memory.
+CHECKPOINTING_FROM_PARAMETERS = 0.5e9
+
+
+def training_arguments(
+    config: TrainConfig, *, output_dir: Path, precision: Precision, device: torch.device
+) -> dict[str, Any]:
+    """Keyword arguments for TrainingArguments or a TRL config, for a config whose derived values are filled in."""
+    training = config.training
+    optimizers = [name.value for name in OptimizerNames]
+    if training.optim not in optimizers:
+        raise ConfigError(
+            f"training.optim={training.optim}: unknown.{did_you_mean(training.optim, optimizers)} "
+            f"One of {', '.join(optimizers)}."
+        )
+    return {
+        "output_dir": str(output_dir),
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "num_train_epochs": training.num_train_epochs,
+        "max_steps": training.max_steps or -1,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": training.lr_scheduler_type,
+        "warmup_steps": training.warmup_steps,
+        "per_device_train_batch_size": training.per_device_train_batch_size,
+        "per_device_eval_batch_size": training.per_device_eval_batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "optim": training.optim,
+        "adam_beta1": training.adam_beta1,
+        "adam_beta2": training.adam_beta2,
+        "adam_epsilon": training.adam_epsilon,
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "logging_steps": training.logging_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # a loss that is not finite stops the run; it is never averaged away
+        "eval_strategy": "no" if config.data.validation is None else "steps",
+        "eval_steps": None if config.data.validation is None else training.eval_steps,
+        "save_strategy": "no" if training.save_steps is None else "steps",
+        "save_steps": training.save_steps or 0,
+        "bf16": precision.autocast == torch.bfloat16,
+        "fp16": precision.autocast == torch.float16,
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": device.type == "cuda",
+        "disable_tqdm": True,
+        "report_to": config.tracking.report_to or "none",
+        "run_name": config.tracking.run_name,
+        "deepspeed": deepspeed_dict(config.deepspeed),
+    }
+
+
+def deepspeed_dict(config: DeepSpeedConfig) -> dict[str, Any] | None:
+    """DeepSpeed's own config; `auto` values are filled in by Transformers from its arguments. None without ZeRO."""
+    if config.stage == 0:
+        return None
+    zero: dict[str, Any] = {
+        "stage": config.stage,
+        "overlap_comm": config.overlap_comm,
+        "contiguous_gradients": config.contiguous_gradients,
+        "reduce_bucket_size": config.reduce_bucket_size,
+    }
+    for key in ("offload_optimizer", "offload_param"):
+        if getattr(config, key) != "none":
+            zero[key] = {"device": getattr(config, key), "pin_memory": True}
+    if config.stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = config.stage3_gather_16bit_weights_on_model_save
+    return {
+        "zero_optimization": zero,
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+        "gradient_clipping": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+    }
+
+
+def total_steps(training: TrainingConfig, examples: int) -> int:
+    """Optimizer steps of the run on one device, as Transformers counts them."""
+    if training.max_steps:
+        return training.max_steps
+    assert training.per_device_train_batch_size
+    assert training.gradient_accumulation_steps
+    micro_batches = math.ceil(examples / training.per_device_train_batch_size)
+    steps_per_epoch = max(math.ceil(micro_batches / training.gradient_accumulation_steps), 1)
+    return math.ceil(training.num_train_epochs * steps_per_epoch)

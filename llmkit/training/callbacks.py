@@ -1,0 +1,107 @@
+"""What happens beside the optimisation, at Trainer's events: metrics, samples, the best weights, a request to stop."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import TrainerCallback
+
+from llmkit import rundir
+from llmkit.data.formats import Message
+from llmkit.errors import NonFiniteError
+from llmkit.training.console import RunConsole
+from llmkit.training.generation import AnswerGenerator
+from llmkit.training.metrics import MetricsFile
+from llmkit.training.stopping import StopRequest
+from llmkit.training.tracking import NoTracker
+
+
+class Reporting(TrainerCallback):
+    """Every log event goes to metrics.jsonl, the terminal and the tracker."""
+
+    def __init__(self, metrics: MetricsFile, console: RunConsole, tracker: NoTracker):
+        self.metrics, self.console, self.tracker = metrics, console, tracker
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.console.begin(step=state.global_step, total=state.max_steps)
+        self.metrics.restart_clock()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.console.step(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        record = self.metrics.append(logs, step=state.global_step, epoch=state.epoch)
+        if record is None:
+            return
+        self.console.metrics(record)
+        self.tracker.log(record)
+        if not math.isfinite(record.get("eval_loss", 0.0)):
+            raise NonFiniteError(f"step {state.global_step}: the evaluation loss is {record['eval_loss']}.")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.metrics.restart_clock()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.metrics.restart_clock()
+
+
+class Samples(TrainerCallback):
+    """A few fixed prompts are answered at each evaluation; the answers are kept in samples.jsonl."""
+
+    def __init__(
+        self, generator: AnswerGenerator, prompts: list[list[Message]], run_dir: Path, console: RunConsole, tracker: NoTracker
+    ):
+        self.generator, self.prompts, self.console, self.tracker = generator, prompts, console, tracker
+        self.path = run_dir / rundir.SAMPLES
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.prompts:
+            return
+        answers = self.generator.answer(self.prompts)
+        self.console.samples(answers)
+        self.tracker.samples(state.global_step, answers)
+        with self.path.open("a", encoding="utf-8") as file:
+            for answer in answers:
+                record = {"step": state.global_step, "prompt": answer.prompt, "answer": answer.answer}
+                file.write(json.dumps(record | {"expected": answer.expected}, ensure_ascii=False) + "\n")
+
+
+class BestWeights(TrainerCallback):
+    """Keeps the trained parameters of the best evaluation on disk, and puts them back at the end."""
+
+    def __init__(self, model: nn.Module, run_dir: Path):
+        self.model, self.path = model, run_dir / ".best.safetensors"
+        self.best, self.step = math.inf, 0
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        if state.global_step and metrics.get("eval_loss", math.inf) < self.best:
+            self.best, self.step = metrics["eval_loss"], state.global_step
+            trained = {n: p.detach().cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
+            save_file(trained, self.path)
+
+    def restore(self) -> int:
+        """Load the best weights into the model; returns their step, or 0 if there was no evaluation."""
+        if not self.step:
+            return 0
+        with safe_open(self.path, framework="pt") as saved:
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.data.copy_(saved.get_tensor(name))
+        self.path.unlink()
+        return self.step
+
+
+class StopAtStepEnd(TrainerCallback):
+    """Turns a request to stop into a saved step and the end of training."""
+
+    def __init__(self, stop: StopRequest):
+        self.stop = stop
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.stop.signal:
+            control.should_save = True
+            control.should_training_stop = True

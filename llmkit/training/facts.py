@@ -1,0 +1,140 @@
+"""What only the training machine knows: completed in the config, and stated before training, one fact a line."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from llmkit import config as configuration
+from llmkit.config import TrainConfig
+from llmkit.data.prepare import PreparedData, Split
+from llmkit.errors import ConfigError
+from llmkit.model.loading import load_model_config, model_source
+from llmkit.model.methods import count_parameters
+from llmkit.model.precision import Precision, resolve_device, resolve_precision
+from llmkit.training.arguments import CHECKPOINTING_FROM_PARAMETERS, total_steps
+from llmkit.training.console import RunConsole
+
+LONGEST_DEFAULT = 2048  # tokens, where data.max_length is unset
+GIB = 2**30
+
+
+def complete_config(config: TrainConfig, run_dir: Path) -> tuple[torch.device, Precision, int]:
+    """Fill in what was left to this machine and to the model's own config, and write config.yaml anew.
+
+    Returns the device, the precision and the longest example in tokens.
+    """
+    device = resolve_device(config.hardware)
+    precision = resolve_precision(config.precision.name, device)
+    own = load_model_config(config.model)
+    context = config.model.context_length or getattr(own.get_text_config(), "max_position_embeddings", None)
+    if config.data.max_length is not None and context is not None and config.data.max_length > context:
+        raise ConfigError(f"data.max_length={config.data.max_length}: {config.model.name} takes at most {context} tokens.")
+    found = {
+        "precision.name": precision.name,
+        "hardware.device": device.type,
+        "model.context_length": context,
+        "data.max_length": config.data.max_length or min(context or LONGEST_DEFAULT, LONGEST_DEFAULT),
+        "training.gradient_checkpointing": (config.model.parameters or 0) >= CHECKPOINTING_FROM_PARAMETERS,
+    }
+    for key, value in found.items():
+        node, _, name = key.partition(".")
+        holder = getattr(config, node)
+        if getattr(holder, name) in (None, "auto"):
+            setattr(holder, name, value)
+            config.derived.append(key)
+    if config.model.hub_id and not config.model.path:
+        config.model.commit = config.model.commit or getattr(own, "_commit_hash", None)
+    configuration.save(config, run_dir)
+    assert config.data.max_length is not None
+    return device, precision, config.data.max_length
+
+
+def learn_to_stop(model: Any, tokenizer: PreTrainedTokenizerBase, train: Split, console: RunConsole) -> None:
+    """Generation ends where answers end: the tokens that close them join generation_config's end tokens."""
+    own = model.generation_config.eos_token_id
+    known = [] if own is None else [own] if isinstance(own, int) else list(own)
+    special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+    closing = sorted(train.end_tokens & special)
+    if train.end_tokens - special:
+        console.warn(
+            "some answers end in ordinary text, not in an end-of-turn token: the model does not learn to stop there. "
+            "The chat template should close the assistant's turn."
+        )
+    model.generation_config.eos_token_id = list(dict.fromkeys([*closing, *known])) or None
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def state_facts(
+    config: TrainConfig, model: nn.Module, data: PreparedData, console: RunConsole, *, device: torch.device, precision: Precision
+) -> None:
+    """One line per fact, as things really are, not as they were asked for."""
+    trainable, total = count_parameters(model)
+    source = model_source(config.model)
+    commit = f" at {config.model.commit[:8]}" if config.model.commit else ""
+    console.fact("model", f"{config.model.name} ({source}{commit})")
+    console.fact("trained", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}) with method={config.method.name}")
+    train, held_out = data.train, data.validation
+    console.fact(
+        "data",
+        f"{len(train):,} examples, {train.tokens:,} tokens, of which {train.supervised_tokens:,} are learnt "
+        f"({train.supervised_tokens / train.tokens:.0%}); longest {train.longest:,} of at most {config.data.max_length:,}",
+    )
+    console.fact("held out", f"{len(held_out):,} examples" if held_out else "none: the loss on unseen data stays unknown")
+    for split, name in ((train, "training"), (held_out, "held-out")):
+        for reason, count in (split.dropped if split else {}).items():
+            if count:
+                console.warn(f"{count:,} {name} rows were dropped (data.on_{reason}=drop)")
+    training = config.training
+    steps = total_steps(training, len(train))
+    console.fact(
+        "steps",
+        f"{steps:,} of {training.global_batch_size} examples ({training.per_device_train_batch_size} at a time x "
+        f"{training.gradient_accumulation_steps}), about {steps * (training.global_batch_size or 0) / len(train):.1f} "
+        f"passes; learning rate {training.learning_rate:g}, {training.lr_scheduler_type}",
+    )
+    console.fact("device", f"{device_name(device)}, {_dtypes(model, precision)}, attention {attention(model)}")
+    _state_memory(config, model, console, device)
+
+
+def _dtypes(model: nn.Module, precision: Precision) -> str:
+    def names(trained: bool) -> str:
+        kinds = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad == trained}
+        return "/".join(sorted(kinds))
+
+    frozen = f", frozen weights {names(False)}" if names(False) else ""
+    arithmetic = str(precision.autocast).removeprefix("torch.") + " arithmetic, " if precision.autocast else ""
+    return f"{arithmetic}trained weights {names(True)}{frozen}"
+
+
+def attention(model: nn.Module) -> str:
+    """The attention implementation in use."""
+    return str(getattr(model.config, "_attn_implementation", "unknown"))
+
+
+def device_name(device: torch.device) -> str:
+    """`NVIDIA H100 80GB HBM3`, or `CPU (2 threads)`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+
+
+def _state_memory(config: TrainConfig, model: nn.Module, console: RunConsole, device: torch.device) -> None:
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    # A gradient and Adam's two moments for each trained weight.
+    learning = sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    available = config.hardware.memory_gib or _device_memory(device) / GIB
+    needed = (weights + learning) / GIB
+    console.fact("memory", f"{needed:.2f} GiB for weights, gradients and optimizer, plus activations; {available:.0f} GiB there")
+    if needed > 0.9 * available:
+        console.warn(
+            f"that leaves too little of {available:.0f} GiB for activations: method=lora or qlora, precision=bf16_pure "
+            "or deepspeed=zero3_offload need less."
+        )
+
+
+def _device_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

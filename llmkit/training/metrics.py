@@ -1,0 +1,90 @@
+"""`metrics.jsonl`: the truth about a run, one object per log event. Trackers and the terminal get copies."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from llmkit import rundir
+
+# Upstream's names -> ours; what is not here keeps its name.
+RENAMED = {"num_tokens": "tokens", "eval_runtime": "eval_seconds"}
+DROPPED = ("eval_samples_per_second", "eval_steps_per_second", "eval_num_tokens", "total_flos")
+# Trainer's summary at the end, which goes into result.json.
+SUMMARY = ("train_runtime", "train_loss")
+
+
+class MetricsFile:
+    """Appends records; a run that goes on from a checkpoint drops those after it, so that each step is there once."""
+
+    def __init__(self, run_dir: Path, *, keep_through_step: int | None = None):
+        self.path = run_dir / rundir.METRICS
+        kept = []
+        if keep_through_step is not None:
+            kept = [record for record in read_metrics(run_dir) if record["step"] <= keep_through_step]
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        self._last = (time.monotonic(), next((r["tokens"] for r in reversed(kept) if "tokens" in r), 0))
+
+    def append(self, logs: dict[str, Any], *, step: int, epoch: float | None) -> dict[str, Any] | None:
+        """Write one record from Trainer's logs, with tokens per second since the last; returns it (None: a summary)."""
+        if any(key in logs for key in SUMMARY):
+            return None
+        record: dict[str, Any] = {"step": step, "epoch": epoch and round(epoch, 4)}
+        record |= {RENAMED.get(key, key): value for key, value in logs.items() if key not in (*DROPPED, "epoch")}
+        if "loss" in record and "tokens" in record:
+            then, tokens = self._last
+            record["tokens"] = int(record["tokens"])
+            record["tokens_per_second"] = round((record["tokens"] - tokens) / (time.monotonic() - then), 1)
+            self._last = (time.monotonic(), record["tokens"])
+        self._file.write(json.dumps(record) + "\n")
+        return record
+
+    def restart_clock(self) -> None:
+        """Time until now (evaluation, saving) does not count for tokens per second."""
+        self._last = (time.monotonic(), self._last[1])
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All records of a run; a line cut off by a kill is left out."""
+    path = run_dir / rundir.METRICS
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def draw_losses(run_dir: Path) -> Path | None:
+    """`loss.png`: train and evaluation loss over steps; None if there is nothing to draw."""
+    records = read_metrics(run_dir)
+    curves = {
+        "train": [(r["step"], r["loss"]) for r in records if "loss" in r],
+        "evaluation": [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r],
+    }
+    if not any(curves.values()):
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, points in curves.items():
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-" if name == "evaluation" else "-", label=name, markersize=4)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = run_dir / rundir.LOSS_PLOT
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

@@ -1,0 +1,200 @@
+"""One run from the first measurement to the delivered model, for any recipe that has a trainer and data."""
+
+import resource
+import shutil
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_callback import PrinterCallback
+
+from llmkit import rundir
+from llmkit.config import TrainConfig
+from llmkit.data.formats import Message
+from llmkit.data.prepare import PreparedData, Split
+from llmkit.training import checkpoints
+from llmkit.training.callbacks import BestWeights, Reporting, Samples, StopAtStepEnd
+from llmkit.training.console import RunConsole
+from llmkit.training.delivery import base_model, model_card, save_final, serve_command
+from llmkit.training.facts import device_name
+from llmkit.training.generation import AnswerGenerator, exact_match
+from llmkit.training.metrics import MetricsFile, draw_losses, read_metrics
+from llmkit.training.stopping import StopRequest
+from llmkit.training.tracking import start_tracker
+from llmkit.training.versions import versions
+
+# Figures measured before and after training, as result.json and the table at the end name them.
+FIGURES = {
+    "eval_loss": "loss, held out",
+    "exact_match": "exact match, held out",
+    "train_exact_match": "exact match, trained on",
+}
+
+
+class Session:
+    """Measures, trains, measures again and delivers. A context manager: trackers and files are closed whatever happens."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run_dir: Path,
+        trainer: Any,
+        data: PreparedData,
+        tokenizer: PreTrainedTokenizerBase,
+        console: RunConsole,
+        stop: StopRequest,
+    ):
+        self.config, self.run_dir, self.trainer, self.data = config, run_dir, trainer, data
+        self.tokenizer, self.console, self.stop = tokenizer, console, stop
+        self.began = time.monotonic()
+        self.checkpoint = checkpoints.latest(run_dir)
+        step = checkpoints.step_of(self.checkpoint) if self.checkpoint else None
+        earlier = [r for r in read_metrics(run_dir) if r["step"] == 0] if self.checkpoint else []
+        self.base: dict[str, float] = {k: r[k] for r in earlier for k in FIGURES if k in r}
+        self.figures: dict[str, float] = {}
+        self.train_loss: float | None = None
+        self.metrics = MetricsFile(run_dir, keep_through_step=step)
+        self.tracker = start_tracker(config, run_dir)
+        self.generator = AnswerGenerator(trainer.model, tokenizer, max_new_tokens=config.evaluation.max_new_tokens)
+        prompts = questions(data.validation or data.train)[: config.evaluation.samples]
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Reporting(self.metrics, console, self.tracker))
+        trainer.add_callback(Samples(self.generator, prompts, run_dir, console, self.tracker))
+        trainer.add_callback(StopAtStepEnd(stop))
+        self.best = BestWeights(trainer.model, run_dir) if config.training.final == "best" and data.validation else None
+        if self.best:
+            trainer.add_callback(self.best)
+        if self.tracker.where:
+            console.fact("tracking", self.tracker.where)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.console.end()
+        self.metrics.close()
+        plot = draw_losses(self.run_dir)
+        summary = {**self.figures, "train_loss": self.train_loss}
+        self.tracker.finish(plots=[plot] if plot else [], summary=summary, failed=kind is not None)
+
+    def measure_base(self) -> None:
+        """The figures of the untrained model, which those after training stand beside."""
+        if self.checkpoint or not self.config.evaluation.baseline:
+            return
+        self.console.fact("before", "figures and answers of the untrained model")
+        self.base = self._measure("before")
+
+    def train(self) -> None:
+        """Train to the end, or to the step at which a stop was asked for."""
+        if self.checkpoint:
+            self.console.fact("resume", f"from {self.checkpoint}")
+        output = self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        self.console.end()
+        self.train_loss = output.training_loss
+
+    def measure_result(self) -> None:
+        """The same figures for what will be delivered: the last weights or the best."""
+        if self.stop.signal:
+            return
+        if self.best and (step := self.best.restore()):
+            self.console.fact("final", f"the weights of step {step}, the best evaluation")
+        self.figures = self._measure("after")
+        self._print_comparison()
+
+    def deliver(self) -> dict[str, Any]:
+        """Write `final/` and return the contents of result.json."""
+        result = self._result()
+        if self.stop.signal:
+            self.console.fact("stopped", f"by {self.stop.signal} at step {result['steps']}, saved; the same command goes on")
+            return result
+        shutil.rmtree(Path(self.trainer.args.output_dir), ignore_errors=True)
+        card = model_card(self.config, {"train_loss": self.train_loss} | self.figures)
+        final = save_final(self.trainer.model, self.tokenizer, self.config, self.run_dir, card)
+        self.console.fact("final", f"{final}")
+        self.console.fact("repeat", f"llmkit train {self.run_dir / rundir.CONFIG}")
+        if self.config.lora is not None:
+            self.console.fact("sweep", f"llmkit train {self.run_dir / rundir.CONFIG} -m lora.r=4,8,16")
+        self.console.fact("serve", serve_command(self.config, final))
+        return result
+
+    def _measure(self, when: str) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        state = self.trainer.state
+        if self.data.validation:
+            logged = [r for r in read_metrics(self.run_dir) if r["step"] == state.global_step and "eval_loss" in r]
+            moved = self.best is not None and when == "after"
+            figures["eval_loss"] = logged[-1]["eval_loss"] if logged and not moved else self.trainer.evaluate()["eval_loss"]
+        for name, split in (("exact_match", self.data.validation), ("train_exact_match", self.data.train)):
+            asked = questions(split)[: self.config.evaluation.examples] if split else []
+            if asked:
+                figures[name] = exact_match(self.generator.answer(asked))
+        matches = {name: value for name, value in figures.items() if name != "eval_loss"}
+        if matches:
+            record = self.metrics.append(matches, step=state.global_step, epoch=state.epoch)
+            self.tracker.log(record or {})
+        return figures
+
+    def _print_comparison(self) -> None:
+        def shown(name: str, value: float | None) -> str:
+            if value is None:
+                return "-"
+            return f"{value:.4f}" if name == "eval_loss" else f"{value:.1%}"
+
+        rows = [
+            [label, shown(name, self.base.get(name)), shown(name, self.figures[name])]
+            for name, label in FIGURES.items()
+            if name in self.figures
+        ]
+        if rows:
+            self.console.table(f"{self.run_dir}", ["", "before", "after"], rows)
+
+    def _result(self) -> dict[str, Any]:
+        config, state, seconds = self.config, self.trainer.state, time.monotonic() - self.began
+        records = read_metrics(self.run_dir)
+        rates = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
+        figures = self.figures | {"train_loss": self.train_loss}
+        devices = config.hardware.num_processes * config.hardware.num_nodes
+        price = config.hardware.price_per_hour
+        return {
+            "status": "preempted" if self.stop.signal else "completed",
+            "error": None,
+            "steps": state.global_step,
+            "train_loss": self.train_loss,
+            "eval_loss": figures.get("eval_loss"),
+            "exact_match": figures.get("exact_match"),
+            "train_exact_match": figures.get("train_exact_match"),
+            "objective": figures.get(config.objective),
+            "base": self.base,
+            "tokens": max((record.get("tokens", 0) for record in records), default=0),
+            "tokens_per_second": sorted(rates)[len(rates) // 2] if rates else None,
+            "peak_memory_bytes": peak_memory(self.trainer.args.device),
+            "seconds": round(seconds, 2),
+            "device": device_name(self.trainer.args.device),
+            "device_seconds": round(seconds * devices, 2),
+            "cost": None if price is None else round(seconds * devices / 3600 * price, 4),
+            "base_model": base_model(config),
+            "final_is": "best" if self.best else "last",
+            "method": config.method.name,
+            "model_dir": None if self.stop.signal else rundir.FINAL,
+            "dataset_fingerprint": self.data.fingerprint,
+            "versions": versions(),
+        }
+
+
+def questions(split: Split) -> list[list[Message]]:
+    """Each conversation up to and with its last answer."""
+    cut = []
+    for messages in split.messages:
+        last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+        cut.append(messages[: last + 1])
+    return cut
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: of the GPU by tensors, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

@@ -1,0 +1,84 @@
+"""Trackers get copies of what the run directory holds. W&B: online with a key, offline without one; never a prompt."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llmkit.config.schema import TrainConfig
+from llmkit.training.generation import Answer
+
+
+class NoTracker:
+    """The interface of a tracker, doing nothing."""
+
+    where: str | None = None  # what a user opens to see the run
+
+    def log(self, record: dict[str, Any]) -> None:
+        """A record of metrics.jsonl."""
+
+    def samples(self, step: int, answers: Sequence[Answer]) -> None:
+        """The sample answers at a step."""
+
+    def finish(self, *, plots: Sequence[Path], summary: dict[str, Any], failed: bool) -> None:
+        """The run is over."""
+
+
+class WandbTracker(NoTracker):
+    """Weights & Biases."""
+
+    def __init__(self, config: TrainConfig, run_dir: Path):
+        import wandb
+
+        self._wandb = wandb
+        tracking = config.tracking
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        self._run = wandb.init(
+            project=tracking.project,
+            entity=tracking.entity,
+            group=tracking.group,
+            name=tracking.run_name or run_dir.name,
+            tags=tracking.tags,
+            config=dataclasses.asdict(config),
+            dir=str(run_dir),
+            mode=mode,
+            settings=wandb.Settings(silent=True, console="off", x_disable_machine_info=True, disable_git=True),
+        )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        self._table: list[list[Any]] = []
+        self.where = self._run.url or f"offline in {self._run.dir}; upload it with: wandb sync {Path(self._run.dir).parent}"
+
+    def log(self, record: dict[str, Any]) -> None:
+        self._run.log(record)
+
+    def samples(self, step: int, answers: Sequence[Answer]) -> None:
+        self._table += [[step, answer.prompt, answer.answer, answer.expected] for answer in answers]
+        # Sent whole each time: a W&B table cannot grow.
+        table = self._wandb.Table(columns=["step", "prompt", "answer", "expected"], data=self._table)
+        self._run.log({"samples": table, "step": step})
+
+    def finish(self, *, plots: Sequence[Path], summary: dict[str, Any], failed: bool) -> None:
+        for plot in plots:
+            self._run.log({plot.stem: self._wandb.Image(str(plot))})
+        self._run.summary.update(summary)
+        self._run.finish(exit_code=int(failed))
+
+
+def _has_key() -> bool:
+    """Whether W&B would find a key without asking: in the environment or in netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    import netrc
+
+    try:
+        path = os.environ.get("NETRC") or str(Path.home() / ".netrc")
+        return netrc.netrc(path).authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def start_tracker(config: TrainConfig, run_dir: Path) -> NoTracker:
+    """The tracker that `tracking` names."""
+    return WandbTracker(config, run_dir) if config.tracking.name == "wandb" else NoTracker()

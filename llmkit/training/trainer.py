@@ -1,0 +1,87 @@
+"""What every recipe's trainer does beyond upstream's: stop at the first non-finite value, and commit checkpoints whole."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmkit import rundir
+from llmkit.errors import NonFiniteError
+from llmkit.training import checkpoints
+
+# fp16's loss scaler overflows by design while it looks for its scale; this many times in a row is a divergence.
+FP16_OVERFLOWS_IN_A_ROW = 10
+
+
+class RunMixin:
+    """Put in front of a Transformers or TRL trainer: `class Trainer(RunMixin, SFTTrainer)`."""
+
+    run_dir: Path
+    state: Any
+    args: Any
+    processing_class: Any
+    accelerator: Any
+
+    def __init__(self, *args: Any, run_dir: Path, **kwargs: Any):
+        self.run_dir = run_dir
+        self._batches_of_step: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = []
+        self._overflows = 0
+        super().__init__(*args, **kwargs)
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Remember the step's micro-batches until its gradient is known to be finite."""
+        kept = {name: value for name, value in inputs.items() if name in ("input_ids", "labels")}
+        loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        self._batches_of_step.append((kept, loss))
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Called once a step, before the optimizer moves anything: a non-finite loss shows in the gradient too."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        value = float(norm)
+        if math.isfinite(value):
+            self._overflows = 0
+        else:
+            self._overflows += 1
+            scaled = self.accelerator.scaler is not None
+            if not scaled or self._overflows >= FP16_OVERFLOWS_IN_A_ROW:
+                self._stop_at_non_finite(value)
+        self._batches_of_step.clear()
+        return norm
+
+    def _stop_at_non_finite(self, grad_norm: float) -> None:
+        losses = [float(loss) for _, loss in self._batches_of_step]
+        bad = [batch for batch, loss in zip(self._batches_of_step, losses, strict=True) if not math.isfinite(loss)]
+        step = self.state.global_step + 1
+        record = {
+            "step": step,
+            "losses": [str(loss) for loss in losses],
+            "grad_norm": str(grad_norm),
+            "batches": [
+                {
+                    "texts": self.processing_class.batch_decode(inputs["input_ids"]),
+                    "input_ids": inputs["input_ids"].tolist(),
+                    "labels": inputs["labels"].tolist(),
+                }
+                for inputs, _ in (bad or self._batches_of_step)
+            ],
+        }
+        path = self.run_dir / rundir.NON_FINITE_BATCH
+        path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        what = "loss" if bad else "gradient"
+        raise NonFiniteError(
+            f"step {step}: the {what} is not a finite number (loss {losses}, gradient norm {grad_norm}). "
+            f"The batch is in {path}. Try a lower training.learning_rate, more training.warmup_steps, a smaller "
+            "training.max_grad_norm, or precision=fp32; and look at the batch."
+        )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        step = self.state.global_step
+        written = Path(self.args.output_dir) / f"checkpoint-{step}"
+        checkpoints.commit(written, self.run_dir, step=step)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Ours is written at the end, for what a user loads."""

@@ -1,0 +1,127 @@
+"""Runs one written config: `python -m llmkit.worker RUN_DIR`. A launcher starts it; it dies with its driver.
+
+No argv is re-executed and nothing is composed here: what runs is what `RUN_DIR/config.yaml` says.
+"""
+
+import ctypes
+import importlib
+import logging
+import os
+import signal
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+from llmkit import rundir
+from llmkit.cli import print_error
+from llmkit.config import TrainConfig, load
+from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError, LlmkitError
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the recipe in the given directory; returns the exit code of the contract."""
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) != 1:
+        print("usage: python -m llmkit.worker RUN_DIR", file=sys.stderr)
+        return ConfigError.exit_code
+    run_dir = Path(argv[0])
+    try:
+        _die_with_driver()
+        lock = _lock(run_dir)
+        config = load(run_dir)
+    except LlmkitError as error:
+        print_error(error)
+        return error.exit_code
+    with lock:
+        os.environ.update(config.hardware.env)
+        hide_unused_libraries(config)
+        _quiet_libraries()
+        return _run(config, run_dir)
+
+
+def _run(config: TrainConfig, run_dir: Path) -> int:
+    from llmkit.training.console import RunConsole
+    from llmkit.training.stopping import StopRequest
+
+    stop, console = StopRequest(), RunConsole()
+    try:
+        recipe = importlib.import_module(f"llmkit.recipes.{config.recipe}")
+        result = recipe.run(config, run_dir, console, stop)
+    except Exception as error:
+        message = _explain(error)
+        console.end()
+        rundir.write_json(run_dir / rundir.RESULT, _failure(config, message))
+        if isinstance(error, LlmkitError):
+            print_error(error)
+            return error.exit_code
+        traceback.print_exc()
+        print(f"error: {message}", file=sys.stderr)
+        return EXIT_FAILED
+    rundir.write_json(run_dir / rundir.RESULT, result | {"objective_name": config.objective})
+    return EXIT_DONE if result["status"] == "completed" else EXIT_PREEMPTED
+
+
+def _failure(config: TrainConfig, message: str) -> dict[str, Any]:
+    return {"status": "failed", "error": message, "objective": None, "objective_name": config.objective}
+
+
+def _explain(error: Exception) -> str:
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            "the device is out of memory. In order of cost: training.per_device_train_batch_size smaller with more "
+            "gradient_accumulation_steps; training.gradient_checkpointing=true; data.max_length smaller; method=qlora. "
+            f"({str(error).splitlines()[0]})"
+        )
+    return str(error) or type(error).__name__
+
+
+def _die_with_driver() -> None:
+    """Ask the kernel to end this process when its driver dies, so that no run goes on unseen (Linux)."""
+    driver = os.environ.get("LLMKIT_DRIVER")
+    if driver is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(driver):  # it died before we asked
+        sys.exit(EXIT_PREEMPTED)
+
+
+def _lock(run_dir: Path) -> Any:
+    """The lock a launcher handed down, or our own."""
+    inherited = os.environ.pop("LLMKIT_LOCK_FD", None)
+    return os.fdopen(int(inherited), "a") if inherited else rundir.lock(run_dir)
+
+
+def hide_unused_libraries(config: TrainConfig) -> None:
+    """Make optional libraries that this run does not use look absent, as `sys.modules[name] = None` means in Python.
+
+    Importing TRL and PEFT imports them wherever they are installed: bitsandbytes, wandb and their own dependencies cost
+    over a second of every start (trl 1.16, peft 0.21).
+    """
+    training, tracking = config.training, config.tracking
+    used = {
+        "bitsandbytes": config.qlora is not None or any(word in training.optim for word in ("8bit", "bnb", "paged")),
+        "wandb": tracking.name == "wandb" or "wandb" in tracking.report_to,
+        "deepspeed": config.deepspeed.stage > 0,
+        "mlflow": "mlflow" in tracking.report_to,
+        "vllm": False,
+        "ray": False,
+    }
+    for name, needed in used.items():
+        if not needed:
+            sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+
+
+def _quiet_libraries() -> None:
+    """Telemetry off (TRL and the hub send it by default), and notes that are not for our users kept off the terminal."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The main jobs, each a file that reads from top to bottom."""

@@ -47,7 +47,7 @@ def _run(config: TrainConfig, run_dir: Path) -> int:
     from llmkit.training.console import RunConsole
     from llmkit.training.stopping import StopRequest
 
-    stop, console = StopRequest(), RunConsole()
+    stop, console = StopRequest().watch(), RunConsole()
     try:
         recipe = importlib.import_module(f"llmkit.recipes.{config.recipe}")
         result = recipe.run(config, run_dir, console, stop)
@@ -61,7 +61,7 @@ def _run(config: TrainConfig, run_dir: Path) -> int:
         traceback.print_exc()
         print(f"error: {message}", file=sys.stderr)
         return EXIT_FAILED
-    rundir.write_json(run_dir / rundir.RESULT, result | {"objective_name": config.objective})
+    rundir.write_json(run_dir / rundir.RESULT, result)
     return EXIT_DONE if result["status"] == "completed" else EXIT_PREEMPTED
 
 

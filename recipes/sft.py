@@ -8,6 +8,7 @@ Runs in the worker: `run` takes a resolved config and a run directory and return
 from pathlib import Path
 from typing import Any
 
+from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from llmkit.config import TrainConfig
@@ -30,6 +31,7 @@ class Trainer(RunMixin, SFTTrainer):
 def run(config: TrainConfig, run_dir: Path, console: RunConsole, stop: StopRequest) -> dict[str, Any]:
     """Fine-tune as `config` says; returns the contents of result.json. Raises LlmkitError for the user to read."""
     device, precision, max_length = complete_config(config, run_dir)
+    set_seed(config.seed)  # adapters start from random numbers, before the trainer would seed them
 
     # Data comes before weights: its errors should not wait for a large model to load.
     tokenizer = load_tokenizer(config.model, config.data.chat_template or config.model.chat_template)

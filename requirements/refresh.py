@@ -83,7 +83,8 @@ LAYERS = (
     ),
     Layer(
         name="serve-cuda",
-        purpose="vLLM for NVIDIA machines, on a CUDA build of torch as the Python package index has it.",
+        purpose="vLLM for NVIDIA machines, on the CUDA build of torch that the Python package index has.\n"
+        "vLLM asks for exactly the torch that torch.txt pins; nothing here contradicts train, deepspeed or dev.",
         roots=("vllm", "cuda-python>=13"),  # without the bound the resolver pairs CUDA 12's with torch's CUDA 13
         cuda=True,
         twin="serve-cpu",

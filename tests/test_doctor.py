@@ -41,10 +41,8 @@ def hide(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
 def test_every_subject_gets_one_aligned_line_with_a_mark(capsys):
     _, lines = report(capsys)
     assert {mark for mark, _ in lines.values()} <= {doctor.OK, doctor.MISSING, doctor.NOTE}
-    assert {"Python", "llmkit", "torch", "NVIDIA driver", "memory", "CPU", "disk for runs", "disk for caches"} <= set(
-        lines
-    )
-    assert {"Hub login", "W&B", "vLLM", "DeepSpeed", "bitsandbytes", "transformers"} <= set(lines)
+    assert {"Python", "llmkit", "torch", "NVIDIA driver", "memory", "CPU", "disk for runs"} <= set(lines)
+    assert {"disk for caches", "Hub login", "W&B", "vLLM", "DeepSpeed", "bitsandbytes", "transformers"} <= set(lines)
     assert all(words.strip() == words and words for _, words in lines.values())
 
 

@@ -157,7 +157,53 @@ def test_an_unchanged_list_is_not_written_again(monkeypatch, tmp_path):
     assert layer.path.stat().st_mtime != 1
 
 
+# --- check_torch.py with made-up builds of torch -----------------------------------------------------------------
+
+
+def check_torch(folder: Path, accelerator: str, *, torch: str) -> subprocess.CompletedProcess[str]:
+    """Run the check where `import torch` runs the source `torch`."""
+    (folder / "torch.py").write_text(torch)
+    command = [sys.executable, str(ROOT / "requirements" / "check_torch.py"), accelerator]
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def build(cuda: str | None, *, usable: bool = False) -> str:
+    version, spaces = f"class version: cuda = {cuda!r}", f"class cuda: is_available = staticmethod(lambda: {usable})"
+    return f"__version__ = '2.13.0'\n{version}\n{spaces}\n"
+
+
+def test_a_torch_that_does_not_import_stops_make_and_says_what_to_do(tmp_path):
+    done = check_torch(tmp_path, "cpu", torch="raise OSError('libcudart.so.13: cannot open')")
+    assert done.returncode == 1
+    assert "libcudart.so.13: cannot open" in done.stderr
+    assert "TORCH_INDEX=" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "torch", "note"),
+    [
+        ("cpu", build(None), None),
+        ("cpu", build("13.0"), "a CUDA build on a machine without an NVIDIA driver"),
+        ("cuda", build("13.0", usable=True), None),
+        ("cuda", build("13.0"), "torch finds no usable GPU"),
+        ("cuda", build(None), "this build of torch cannot use it"),
+    ],
+)
+def test_a_torch_that_does_not_fit_the_machine_gets_a_note_and_may_go_on(tmp_path, accelerator, torch, note):
+    done = check_torch(tmp_path, accelerator, torch=torch)
+    assert done.returncode == 0
+    assert "torch 2.13.0 imports" in done.stdout
+    assert ("note:" in done.stdout) == (note is not None)
+    assert (note or "") in done.stdout
+
+
 # --- the Makefile, with a stand-in for the environment's python that writes down what it was asked to do ---------
+
+
+def stand_in(program: Path, script: str) -> None:
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
 
 
 class Environment:
@@ -166,14 +212,12 @@ class Environment:
     def __init__(self, folder: Path):
         self.folder, self.log, self.fail_on = folder, folder / "log", folder / "fail_on"
         (folder / "bin").mkdir(parents=True)
-        python = folder / "bin" / "python"
-        python.write_text(
-            "#!/bin/sh\n"
-            f'case "$*" in *--version*) exit 0;; esac\n'
+        stand_in(
+            folder / "bin" / "python",
+            'case "$*" in *--version*) exit 0;; esac\n'
             f'echo "$*" >> {self.log}\n'
-            f'if [ -e {self.fail_on} ]; then case "$*" in *$(cat {self.fail_on})*) exit 1;; esac; fi\n'
+            f'if [ -e {self.fail_on} ]; then case "$*" in *$(cat {self.fail_on})*) exit 1;; esac; fi',
         )
-        python.chmod(0o755)
 
     def make(self, *arguments: str, accelerator: str = "cpu", check: bool = True) -> list[str]:
         """Run make; the command lines that python got."""
@@ -235,3 +279,22 @@ def test_vllm_can_have_an_environment_of_its_own(environment, tmp_path):
 def test_lint_checks_rules_format_and_types_of_each_file_once(environment):
     commands = environment.make("lint")
     assert commands[-3:] == ["-m ruff check .", "-m ruff format --check .", "-m mypy llmkit"]
+
+
+@pytest.mark.parametrize(("status", "kind"), [(0, "CUDA"), (9, "CPU")])
+def test_make_says_which_kind_of_machine_it_found(tmp_path, status, kind):
+    if kind == "CPU" and Path("/proc/driver/nvidia/version").exists():
+        pytest.skip("this machine has an NVIDIA driver")
+    stand_in(tmp_path / "nvidia-smi", f"exit {status}")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    said = subprocess.run(["make", "machine"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert f"packages for {kind} " in said.stdout
+
+
+@pytest.mark.parametrize(("failing", "asked", "status"), [("none", ["lint", "test"], 0), ("lint", ["lint"], 1)])
+def test_ci_lints_then_tests_and_stops_at_the_first_failure(tmp_path, failing, asked, status):
+    stand_in(tmp_path / "make", f'echo "$1"; [ "$1" != {failing} ]')
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", ROOT / ".ci" / "run"], env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == asked
+    assert done.returncode == status

@@ -1,6 +1,7 @@
 """Which parameters are trained: full, freeze, lora, qlora."""
 
 import re
+from typing import Any
 
 import torch
 from torch import nn
@@ -80,20 +81,23 @@ def add_adapter(model: PreTrainedModel, settings: LoraConfig, *, quantized: bool
     else:
         model.requires_grad_(False)
     try:
-        return peft.get_peft_model(model, peft_config(settings))
+        return peft.get_peft_model(model, peft_config(settings, model))
     except ValueError as error:
         raise ConfigError(f"lora: {str(error).splitlines()[0]}") from error
 
 
-def peft_config(settings: LoraConfig):  # noqa: ANN201 - peft is imported only where it is used
+def peft_config(settings: LoraConfig, model: PreTrainedModel) -> Any:
     """PEFT's config for our `lora` node; the names are the same."""
     import peft
 
+    targets = settings.target_modules
+    if targets == "all-linear" and settings.layers_to_transform:
+        targets = linear_names(decoder_layers(model))  # PEFT refuses its own word for them together with layers
     return peft.LoraConfig(
         r=settings.r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=settings.target_modules,
+        target_modules=targets,
         modules_to_save=settings.modules_to_save,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
@@ -104,10 +108,15 @@ def peft_config(settings: LoraConfig):  # noqa: ANN201 - peft is imported only w
     )
 
 
+def linear_names(model: nn.Module) -> list[str]:
+    """The last words of the names of linear modules: q_proj, k_proj, ..."""
+    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+
+
 def _check_targets(model: nn.Module, settings: LoraConfig) -> None:
     """Every name must match a module: PEFT is silent about one that matches none beside others that do."""
     names = [name for name, _ in model.named_modules()]
-    linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+    linear = linear_names(model)
     wanted = [] if settings.target_modules == "all-linear" else list(settings.target_modules)
     if "lm_head" in wanted:
         # TRL computes the loss from lm_head.weight directly, past an adapter on it.

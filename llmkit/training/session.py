@@ -151,6 +151,11 @@ class Session:
         if rows:
             self.console.table(f"{self.run_dir}", ["", "before", "after"], rows)
 
+    def _objective(self) -> str:
+        """What runs are compared by; without held-out rows the only loss there is."""
+        unseen = self.config.objective == "eval_loss" and self.data.validation is None
+        return "train_loss" if unseen else self.config.objective
+
     def _result(self) -> dict[str, Any]:
         config, state, seconds = self.config, self.trainer.state, time.monotonic() - self.began
         records = read_metrics(self.run_dir)
@@ -166,7 +171,8 @@ class Session:
             "eval_loss": figures.get("eval_loss"),
             "exact_match": figures.get("exact_match"),
             "train_exact_match": figures.get("train_exact_match"),
-            "objective": figures.get(config.objective),
+            "objective": figures.get(self._objective()),
+            "objective_name": self._objective(),
             "base": self.base,
             "tokens": max((record.get("tokens", 0) for record in records), default=0),
             "tokens_per_second": sorted(rates)[len(rates) // 2] if rates else None,

@@ -5,12 +5,16 @@ from types import FrameType
 
 
 class StopRequest:
-    """Watches SIGINT and SIGTERM from its creation on."""
+    """Holds the name of the signal that asked for a stop, once one has."""
 
     def __init__(self) -> None:
-        self.signal: str | None = None  # the name of the signal that asked, once one has
+        self.signal: str | None = None
+
+    def watch(self) -> "StopRequest":
+        """Take SIGINT and SIGTERM as requests from now on."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask)
+        return self
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name

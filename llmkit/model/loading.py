@@ -31,9 +31,19 @@ def model_source(config: ModelConfig) -> str:
 
 
 def load_model_config(config: ModelConfig) -> Any:
-    """The model's own config; where it came from the hub, `_commit_hash` says which commit."""
+    """The model's own config (Transformers' object)."""
     with _explained(config):
         return AutoConfig.from_pretrained(model_source(config), **_hub_arguments(config))
+
+
+def cached_commit(config: ModelConfig) -> str | None:
+    """The commit that the hub model's revision stands for in the local cache, once its config has been loaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if config.path or not config.hub_id:
+        return None
+    cached = try_to_load_from_cache(config.hub_id, "config.json", revision=config.commit or config.revision)
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def load_tokenizer(config: ModelConfig, chat_template: str) -> PreTrainedTokenizerBase:

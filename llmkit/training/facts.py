@@ -12,7 +12,7 @@ from llmkit import config as configuration
 from llmkit.config import TrainConfig
 from llmkit.data.prepare import PreparedData, Split
 from llmkit.errors import ConfigError
-from llmkit.model.loading import load_model_config, model_source
+from llmkit.model.loading import cached_commit, load_model_config, model_source
 from llmkit.model.methods import count_parameters
 from llmkit.model.precision import Precision, resolve_device, resolve_precision
 from llmkit.training.arguments import CHECKPOINTING_FROM_PARAMETERS, total_steps
@@ -46,8 +46,7 @@ def complete_config(config: TrainConfig, run_dir: Path) -> tuple[torch.device, P
         if getattr(holder, name) in (None, "auto"):
             setattr(holder, name, value)
             config.derived.append(key)
-    if config.model.hub_id and not config.model.path:
-        config.model.commit = config.model.commit or getattr(own, "_commit_hash", None)
+    config.model.commit = cached_commit(config.model)
     configuration.save(config, run_dir)
     assert config.data.max_length is not None
     return device, precision, config.data.max_length

@@ -1,0 +1,159 @@
+"""Sweeps and single runs on this machine, for real: processes, signals, run directories."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llmkit.config import load
+
+FAST = ("training.max_steps=4", "evaluation=off", "training.logging_steps=1")
+
+
+def sweep_of(directory: Path) -> list[dict]:
+    return json.loads((directory / "sweep.json").read_text())["jobs"]
+
+
+def test_the_missions_command_sweeps_a_hub_model_with_the_flag_between_the_overrides(run_llmkit, hub_with_mistral, tmp_path):
+    command = ("train", "method=lora", "model=mistral7b", "-m", "lora.r=4,8,16", "name=alpha", *FAST)
+
+    done = run_llmkit(*command, env=hub_with_mistral)
+
+    assert done.returncode == 0, done.stderr
+    jobs = sweep_of(tmp_path / "runs/alpha")
+    assert [job["status"] for job in jobs] == ["completed"] * 3
+    assert [Path(job["run_dir"]).name for job in jobs] == ["r=4", "r=8", "r=16"]
+    for job, r in zip(jobs, (4, 8, 16), strict=True):
+        config = load(tmp_path / job["run_dir"])
+        assert (config.lora.r, config.lora.lora_alpha) == (r, 2 * r)
+        assert config.model.commit.startswith("0123456789")
+        adapter = json.loads((tmp_path / job["run_dir"] / "final/adapter_config.json").read_text())
+        assert adapter["base_model_name_or_path"] == "mistralai/Mistral-7B-v0.1"
+        assert json.loads((tmp_path / job["run_dir"] / "result.json").read_text())["objective"] == job["objective"]
+    ranking = done.stdout[done.stdout.index("ranked by eval_loss") :]
+    best = min(jobs, key=lambda job: job["objective"])
+    assert f"best: {best['run_dir']}/final" in ranking
+    assert "lora_alpha" in ranking
+    assert (tmp_path / "runs/alpha/sweep.png").read_bytes().startswith(b"\x89PNG")
+
+    again = run_llmkit(*command, env=hub_with_mistral)
+    assert again.returncode == 0
+    assert "0 jobs to run; 3 finished before and are kept" in again.stdout
+    assert sweep_of(tmp_path / "runs/alpha") == jobs
+
+
+def test_one_failed_job_hides_nothing_and_runs_again_when_its_cause_is_gone(run_llmkit, tmp_path, chats_file):
+    data = chats_file()
+    missing = tmp_path / "later.jsonl"
+    missing.write_text("not json\n")
+    command = (
+        "train", "-m", f"data.path={data},{missing}", "data.validation=null", "name=two", *FAST,
+    )
+
+    first = run_llmkit(*command)
+
+    assert first.returncode == 1
+    good, bad = sweep_of(tmp_path / "runs/two")
+    assert (good["status"], bad["status"]) == ("completed", "failed")
+    assert f"{missing}, line 1: not JSON" in bad["error"]
+    assert f"{missing}, line 1: not JSON" in first.stdout
+
+    missing.write_text(data.read_text())
+    second = run_llmkit(*command)
+    assert second.returncode == 0, second.stderr
+    assert "1 job to run; 1 finished before and are kept" in second.stdout
+    assert [job["status"] for job in sweep_of(tmp_path / "runs/two")] == ["completed", "completed"]
+
+
+def test_ranges_globs_and_several_keys_make_the_jobs_hydra_makes(run_llmkit, tmp_path):
+    done = run_llmkit(
+        "train", "-m", "lora.r=range(2,6,2)", "method=glob(lor*)", "training.learning_rate=1e-3,1e-2", "name=grid",
+        "launcher.max_parallel=2", "training.max_steps=1", "evaluation=off",
+    )
+
+    assert done.returncode == 0, done.stderr
+    names = {Path(job["run_dir"]).name for job in sweep_of(tmp_path / "runs/grid")}
+    assert names == {f"learning_rate={rate}_r={r}" for rate in ("0.001", "0.01") for r in (2, 4)}
+
+
+def test_hydras_own_sweep_directory_is_honoured(run_llmkit, tmp_path):
+    done = run_llmkit("train", "-m", "seed=1", "hydra.sweep.dir=mine", "training.max_steps=1", "evaluation=off")
+
+    assert done.returncode == 0, done.stderr
+    assert sweep_of(tmp_path / "mine")[0]["status"] == "completed"
+
+
+def start(run_llmkit_cwd: Path, *arguments: str) -> subprocess.Popen:
+    checkout = Path(__file__).parents[2]
+    env = os.environ | {"PYTHONPATH": str(checkout)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "llmkit.train", *arguments],
+        cwd=run_llmkit_cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+
+
+def wait_for_steps(metrics: Path, count: int, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not metrics.exists() or metrics.read_text().count('"loss"') < count:
+        assert time.monotonic() < deadline, "no training step was seen"
+        time.sleep(0.1)
+
+
+LONG = ("training.max_steps=100000", "evaluation=off", "training.logging_steps=1", "training.eval_steps=1000000")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_to_the_driver_stops_a_run_that_the_same_command_would_go_on_with(tmp_path, number):
+    driver = start(tmp_path, "name=long", *LONG)
+    wait_for_steps(tmp_path / "runs/long/metrics.jsonl", 3)
+
+    driver.send_signal(number)
+    output = driver.communicate(timeout=60)[0]
+
+    assert driver.returncode == 75, output
+    result = json.loads((tmp_path / "runs/long/result.json").read_text())
+    assert result["status"] == "preempted"
+    assert (tmp_path / f"runs/long/checkpoints/step-{result['steps']:08d}/MANIFEST.json").exists()
+    assert f"stopped    by {number.name} at step {result['steps']}" in output
+
+
+def test_an_interrupted_sweep_leaves_a_consistent_sweep_json(tmp_path):
+    driver = start(tmp_path, "name=long", "-m", "lora.r=4,8", *LONG)
+    wait_for_steps(tmp_path / "runs/long/r=4/metrics.jsonl", 2)
+
+    driver.send_signal(signal.SIGINT)
+    output = driver.communicate(timeout=60)[0]
+
+    assert driver.returncode == 75, output
+    assert [job["status"] for job in sweep_of(tmp_path / "runs/long")] == ["preempted", "waiting"]
+
+
+def test_a_worker_dies_with_its_driver(tmp_path):
+    driver = start(tmp_path, "name=long", *LONG)
+    wait_for_steps(tmp_path / "runs/long/metrics.jsonl", 2)
+
+    driver.kill()
+    driver.communicate(timeout=60)
+
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "runs/long/result.json").exists():
+        assert time.monotonic() < deadline, "the worker goes on without its driver"
+        time.sleep(0.1)
+    assert json.loads((tmp_path / "runs/long/result.json").read_text())["status"] == "preempted"
+
+
+def test_a_run_directory_has_one_writer(tmp_path, run_llmkit):
+    driver = start(tmp_path, "name=long", *LONG)
+    wait_for_steps(tmp_path / "runs/long/metrics.jsonl", 1)
+
+    second = run_llmkit("train", "name=long", *LONG)
+
+    driver.terminate()
+    driver.communicate(timeout=60)
+    assert second.returncode == 2
+    assert f"runs/long is in use by process {driver.pid}" in second.stderr

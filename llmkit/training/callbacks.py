@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,27 @@ class Reporting(TrainerCallback):
 
     def __init__(self, metrics: MetricsFile, console: RunConsole, tracker: NoTracker):
         self.metrics, self.console, self.tracker = metrics, console, tracker
+        self._step_ended: float | None = None
+        self._interrupted = False  # by an evaluation or a checkpoint since the last step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.console.begin(step=state.global_step, total=state.max_steps)
-        self.metrics.restart_clock()
+        self.metrics.start_clock()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._interrupted and self._step_ended is not None:
+            self.metrics.leave_out(time.monotonic() - self._step_ended)
+        self._interrupted = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._step_ended = time.monotonic()
         self.console.step(state.global_step)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._interrupted = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._interrupted = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         record = self.metrics.append(logs, step=state.global_step, epoch=state.epoch)
@@ -41,12 +56,6 @@ class Reporting(TrainerCallback):
         self.tracker.log(record)
         if not math.isfinite(record.get("eval_loss", 0.0)):
             raise NonFiniteError(f"step {state.global_step}: the evaluation loss is {record['eval_loss']}.")
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.metrics.restart_clock()
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.metrics.restart_clock()
 
 
 class Samples(TrainerCallback):

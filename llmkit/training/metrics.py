@@ -40,9 +40,13 @@ class MetricsFile:
         self._file.write(json.dumps(record) + "\n")
         return record
 
-    def restart_clock(self) -> None:
-        """Time until now (evaluation, saving) does not count for tokens per second."""
+    def start_clock(self) -> None:
+        """Tokens per second count from now on."""
         self._last = (time.monotonic(), self._last[1])
+
+    def leave_out(self, seconds: float) -> None:
+        """These seconds (of evaluation or saving) do not count for tokens per second."""
+        self._last = (self._last[0] + seconds, self._last[1])
 
     def close(self) -> None:
         self._file.close()

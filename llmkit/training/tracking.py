@@ -61,7 +61,7 @@ class WandbTracker(NoTracker):
 
     def finish(self, *, plots: Sequence[Path], summary: dict[str, Any], failed: bool) -> None:
         for plot in plots:
-            self._run.log({plot.stem: self._wandb.Image(str(plot))})
+            self._run.log({f"{plot.stem}_plot": self._wandb.Image(str(plot))})
         self._run.summary.update(summary)
         self._run.finish(exit_code=int(failed))
 

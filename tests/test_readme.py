@@ -1,0 +1,75 @@
+"""The README is true: its commands run, its tables list what there is."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmkit.config.registration import group_names, group_options
+
+CHECKOUT = Path(__file__).parents[1]
+README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line]
+# What makes a command of the README short: its meaning stays.
+SHORT = ("training.max_steps=2", "evaluation=off")
+HUB_MODELS = {"qwen3_0_6b": "Qwen/Qwen3-0.6B", "mistral7b": "mistralai/Mistral-7B-v0.1"}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, tiny_model_dir):
+    """A directory with the files the README speaks of, and a cache that holds the tiny model under the hub's names."""
+    directory = tmp_path_factory.mktemp("readme")
+    turns = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": str(n)}] for n in range(40)]
+    (directory / "chats.jsonl").write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
+    (directory / "my.yaml").write_text(re.search(r"```yaml\n(.*?)```", README, re.S)[1])
+    for hub_id in HUB_MODELS.values():
+        repository = directory / "huggingface/hub" / f"models--{hub_id.replace('/', '--')}"
+        shutil.copytree(tiny_model_dir, repository / "snapshots" / ("1" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs/main").write_text("1" * 40)
+    return directory
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith("make")])
+def test_a_command_of_the_readme_runs(command, workplace, monkeypatch):
+    words = shlex.split(command)
+    verb = [sys.executable, "-m", "llmkit"] if words[0] == "llmkit" else [sys.executable, *words[1:3]]
+    arguments = words[1:] if words[0] == "llmkit" else words[3:]
+    trains = "train" in command and not {"--help", "--cfg"} & set(arguments)
+    monkeypatch.setenv("PYTHONPATH", str(CHECKOUT))
+    monkeypatch.setenv("HF_HOME", str(workplace / "huggingface"))
+
+    done = subprocess.run(
+        [*verb, *arguments, *(SHORT if trains else ())], cwd=workplace, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_make_targets_of_the_readme_exist():
+    targets = re.findall(r"^([a-z-]+):", (CHECKOUT / "Makefile").read_text(), re.M)
+
+    named = set(re.findall(r"make ([a-z-]+)", README)) - {"s"}
+    assert {"demo", "test", "pins", "bench", "serve-env"} <= named <= set(targets)
+
+
+def test_the_table_of_groups_lists_every_option():
+    rows = dict(re.findall(r"^\| `(\w+)`[^|]*\| (.*) \|$", README, re.M))
+    rows["evaluation"] = "`default`, `off`"
+
+    for group in group_names():
+        assert set(group_options(group)) == set(re.findall(r"`(\w+)`", rows[group])) - {"off"} | (
+            {"off"} if group == "evaluation" else set()
+        ), group
+
+
+def test_the_file_tree_names_what_is_there():
+    tree = re.search(r"```text\n(.*?)```", README, re.S)[1]
+    for line in tree.splitlines():
+        indent, name = re.match(r"( *)(\S+)", line).groups()
+        assert (CHECKOUT / ("llmkit/" if indent else "") / name).exists(), name

@@ -34,7 +34,7 @@ demo: machine $(STAMPS)/llmkit  ## install what training needs, then run the dem
 # Idle OpenMP threads spin by default: two trainings side by side on two cores then take ten times as long as one.
 test: export OMP_WAIT_POLICY = passive
 test: machine dev deepspeed $(STAMPS)/serve-$(ACCELERATOR)  ## install everything, run all tests
-	$(PY) -m pytest -n $(WORKERS) tests
+	$(PY) -m pytest -n $(WORKERS) --dist loadscope tests
 
 lint: machine dev  ## ruff (rules and format) and mypy
 	$(PY) -m ruff check .

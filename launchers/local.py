@@ -1,12 +1,12 @@
 """`launcher=local`: runs on this machine, each in a fresh process that dies with its driver."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar
@@ -17,7 +17,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from llmkit.config import TrainConfig, resolve
-from llmkit.errors import EXIT_DONE, EXIT_PREEMPTED
+from llmkit.errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError
 from llmkit.launchers.prepare import finished_result, prepare
 from llmkit.launchers.sweep import Job, Sweep
 
@@ -25,7 +25,9 @@ from llmkit.launchers.sweep import Job, Sweep
 def run_here(config: TrainConfig, run_dir: Path) -> int:
     """Run one config to its end on this terminal; returns the worker's exit code."""
     if result := finished_result(config, run_dir):
-        print(f"{run_dir} holds this run, finished: {result['objective_name']} {result['objective']:.4g}. Nothing to do.")
+        print(
+            f"{run_dir} holds this run, finished: {result['objective_name']} {result['objective']:.4g}. Nothing to do."
+        )
         return EXIT_DONE
     with prepare(config, run_dir) as lock, _forwarded_signals() as workers:
         worker = start_worker(run_dir, lock=lock)
@@ -68,7 +70,7 @@ def _exit_code(returncode: int, run_dir: Path) -> int:
     return returncode
 
 
-@contextmanager
+@contextlib.contextmanager
 def _forwarded_signals() -> Iterator[list[subprocess.Popen]]:
     """Hand SIGINT and SIGTERM to the workers, who save and stop; the driver waits for them."""
     workers: list[subprocess.Popen] = []
@@ -106,11 +108,18 @@ class LocalLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run all jobs; every one gets a record, so that a failed one hides nothing."""
+        directory = Path(self.config.hydra.sweep.dir)
+        (directory / "multirun.yaml").unlink(missing_ok=True)  # Hydra's copy of what each job's config.yaml says
         configs = [
             resolve(self.context.config_loader.load_sweep_config(self.config, list(overrides)))
             for overrides in job_overrides
         ]
-        sweep = Sweep.plan(Path(self.config.hydra.sweep.dir), job_overrides, configs)
+        try:
+            sweep = Sweep.plan(directory, job_overrides, configs)
+        except ConfigError:
+            with contextlib.suppress(OSError):  # not empty: an earlier sweep's
+                directory.rmdir()
+            raise
         LocalLauncher.sweep = sweep
         _run_all(sweep)
         sweep.finish()

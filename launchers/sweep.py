@@ -55,7 +55,8 @@ class Sweep:
         Raises ConfigError with the problems of all jobs.
         """
         names = job_names(overrides)
-        jobs, problems = [], []
+        jobs: list[Job] = []
+        problems: dict[str, list[str]] = {}  # the jobs that have each
         for job_overrides, name, config in zip(overrides, names, configs, strict=True):
             config.run_dir, config.name = str(directory / name), None
             if config.tracking.name != "none":
@@ -66,10 +67,17 @@ class Sweep:
                 if result := finished_result(config, job.run_dir):
                     job.status, job.objective = result["status"], result["objective"]
             except ConfigError as error:
-                problems += [f"{problem} (job {name})" for problem in error.problems]
+                for problem in error.problems:
+                    problems.setdefault(problem, []).append(name)
             jobs.append(job)
         if problems:
-            raise ConfigError(*problems)
+            everywhere = len(jobs)
+            raise ConfigError(
+                *(
+                    text if len(having) == everywhere else f"{text} (job {', '.join(having)})"
+                    for text, having in problems.items()
+                )
+            )
         for warning in dict.fromkeys(text for job in jobs for text in warnings(job.config)):
             print(f"warning: {warning}", file=sys.stderr)
         known = rundir.read_json(directory / rundir.SWEEP) or {"jobs": []}

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 from llmkit.errors import EXIT_DONE, EXIT_WRONG_INPUT, ConfigError, LlmkitError, did_you_mean
 
+EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
+
 VERBS = {
     "train": "fine-tune a model, or sweep (-m)",
     "doctor": "show what this machine has and what is missing",
@@ -29,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
         print(__version__)
         return EXIT_DONE
     if argv[0] not in VERBS:
-        print(f"llmkit {argv[0]}: unknown verb.{did_you_mean(argv[0], VERBS)} Verbs: {', '.join(VERBS)}.", file=sys.stderr)
+        near = did_you_mean(argv[0], VERBS)
+        print_error(ConfigError(f"llmkit {argv[0]}: no such verb.{near} Verbs: {', '.join(VERBS)}."))
         return EXIT_WRONG_INPUT
     return importlib.import_module(f"llmkit.{argv[0]}").main(argv[1:])
 
@@ -37,10 +40,14 @@ def main(argv: list[str] | None = None) -> int:
 def guarded(verb: Callable[[list[str]], int], argv: list[str] | None) -> int:
     """Run a verb; turn what it raises for the user into a message and an exit code."""
     try:
-        return verb(sys.argv[1:] if argv is None else argv)
+        code = verb(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()  # here, where a reader that has left is known for what it is
+        return code
     except LlmkitError as error:
         print_error(error)
         return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) has left
         return EXIT_DONE

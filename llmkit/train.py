@@ -45,6 +45,7 @@ def _train(argv: list[str]) -> int:
         print(HELP.format(groups=groups_in_words()))
         return EXIT_DONE
     composed: list[DictConfig] = []
+    LocalLauncher.sweep = None  # of an earlier call in this process
     run_composed("train", composed.append, arguments, {"LocalLauncher": LocalLauncher})
     if LocalLauncher.sweep is not None:
         return LocalLauncher.sweep.exit_code()

@@ -116,7 +116,7 @@ def hide_unused_libraries(config: TrainConfig) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Telemetry off (TRL and the hub send it by default), and notes that are not for our users kept off the terminal."""
+    """Telemetry off (TRL and the hub send it by default), and notes that are not for users off the terminal."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -38,12 +38,14 @@ def run(config: TrainConfig, run_dir: Path, console: RunConsole, stop: StopReque
     data = prepare_data(config.data, tokenizer, max_length=max_length)
 
     dtype = loading_dtype(config, precision)
-    model = load_model(config.model, dtype=dtype, device=device, quantization=config.qlora, precision=precision)
+    model: Any = load_model(config.model, dtype=dtype, device=device, quantization=config.qlora, precision=precision)
     learn_to_stop(model, tokenizer, data.train, console)
     model = apply_method(model, config, precision)
     state_facts(config, model, data, console, device=device, precision=precision)
 
-    arguments = training_arguments(config, output_dir=run_dir / "checkpoints" / PARTIAL, precision=precision, device=device)
+    arguments = training_arguments(
+        config, output_dir=run_dir / "checkpoints" / PARTIAL, precision=precision, device=device
+    )
     trainer = Trainer(
         run_dir=run_dir,
         model=model,
@@ -53,7 +55,7 @@ def run(config: TrainConfig, run_dir: Path, console: RunConsole, stop: StopReque
         processing_class=tokenizer,
     )
     # TRL turns the adapter of a quantized model to bfloat16, where small updates vanish and resuming is not exact.
-    cast_trained(trainer.model, precision.trained)
+    cast_trained(model, precision.trained)
 
     with Session(config, run_dir, trainer, data, tokenizer, console, stop) as session:
         session.measure_base()

@@ -248,7 +248,7 @@ def test_the_demo_installs_torch_with_its_dependencies_then_the_train_layer_alon
 
 def test_nothing_is_installed_twice(environment):
     environment.make("test")
-    assert environment.make("test") == ["-m pytest -n 2 tests"]
+    assert environment.make("test") == ["-m pytest -n 2 --dist loadscope tests"]
 
 
 @pytest.mark.parametrize("step", ["torch.txt", "check_torch", "train.txt", "editable", "serve-cpu.txt"])

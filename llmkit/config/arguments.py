@@ -1,25 +1,33 @@
-"""From what a user types to what Hydra's grammar reads.
+"""From what a user types to what Hydra's grammar reads."""
 
-A user's own YAML becomes overrides in front of those on the command line, so that one path checks and explains both.
-"""
-
+import functools
+import itertools
+import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from llmkit.config.registration import group_names, group_options
-from llmkit.config.schema import METHOD_NODES, TrainConfig
+from llmkit.config.grammar import split_override, to_grammar
+from llmkit.config.registration import groups_of_experiment
+from llmkit.config.schema import walk_schema
+from llmkit.config.user_file import file_overrides, give_way
 from llmkit.errors import ConfigError, did_you_mean
 
-# Hydra's switches that take a value.
-SWITCHES_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn")
-SWITCHES_WITH_VALUE += ("--config-dir", "-cd", "--experimental-rerun")
 MULTIRUN = ("-m", "--multirun")
+# Hydra's other switches, those that take a value first.
+SHOW_CONFIG = ("--cfg", "-c")
+CONFIG_DIR = ("--config-dir", "-cd")
+SWITCHES_WITH_VALUE = (*SHOW_CONFIG, "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", *CONFIG_DIR)
+SHELL_COMPLETION = ("--shell-completion", "-sc")
+SHOW_INFO = ("--info", "-i")
+SWITCHES = ("--help", "-h", "--hydra-help", "--version", "--resolve", *SHOW_INFO, *SHELL_COMPLETION)
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")  # what may follow --info
 
-# A value that Hydra's grammar reads as it stands, or that its user has quoted or bracketed already.
-PLAIN_VALUE = re.compile(r"""[\w./:+@%*?|-]*|'.*'|".*"|\[.*\]|\{.*\}""")
+# A value whose user has quoted or bracketed it already, and one that Hydra's sweeper makes several of.
+QUOTED_VALUE = re.compile(r"""'.*'|".*"|\[.*\]|\{.*\}""")
+SWEEP_VALUE = re.compile(r"(choice|glob|range|shuffle|sort|interval)\(")
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 @dataclass
@@ -34,142 +42,125 @@ class Arguments:
         """-m goes first: Hydra 1.3 parses its positionals in one piece (hydra#2488)."""
         return [*(["--multirun"] if self.multirun else []), *self.switches, *self.overrides]
 
+    def has_switch(self, *names: str) -> bool:
+        """Whether one of the switches was given."""
+        return not set(names).isdisjoint(self.switches)
+
+    def switch_value(self, *names: str) -> str | None:
+        """The word after a switch; None if it was not given."""
+        return next((value for word, value in itertools.pairwise(self.switches) if word in names), None)
+
+    @property
+    def completes_shell(self) -> bool:
+        """Whether the shell asks for completions; the overrides are then Hydra's (`query=bash`), not keys."""
+        return self.has_switch(*SHELL_COMPLETION)
+
 
 def parse_arguments(argv: list[str]) -> Arguments:
     """Sort switches from overrides, read config files, and make every value one that Hydra's grammar takes.
 
     Raises ConfigError for a missing or broken file and for words that are neither.
     """
-    arguments, typed, words = Arguments(), [], iter(argv)
-    for word in words:
-        if word in MULTIRUN:
-            arguments.multirun = True
-        elif word.startswith("-"):
-            arguments.switches.append(word)
-            if word in SWITCHES_WITH_VALUE:
-                arguments.switches.extend(value for value in [next(words, None)] if value is not None)
-        else:
-            typed.append(word)
-    from_files = []
-    while typed and "=" not in typed[0] and typed[0].endswith((".yaml", ".yml")):
-        from_files += file_overrides(Path(typed.pop(0)))
-    for word in typed:
-        if "=" not in word and not word.startswith("~"):
-            raise ConfigError(
+    arguments, words = _sort(argv)
+    if arguments.completes_shell:
+        arguments.overrides = words
+        return arguments
+    layers = []
+    while words and _is_config_file(words[0]):
+        layers.append(expand_hub_models(file_overrides(Path(words.pop(0)))))
+    if strangers := [word for word in words if "=" not in word and not word.startswith("~")]:
+        raise ConfigError(
+            *(
                 f"'{word}' is not an override: write KEY=VALUE, for example model=mistral7b or lora.r=16. "
                 "A config file (.yaml) comes first."
+                for word in strangers
             )
-    quoted = [quote_path(word, multirun=arguments.multirun) for word in typed]
-    arguments.overrides = imply_groups(last_choice_wins(from_files + expand_hub_models(quoted)))
+        )
+    layers.append(expand_hub_models([quote_text(word, multirun=arguments.multirun) for word in words]))
+    for layer in layers:
+        arguments.overrides = give_way(arguments.overrides, layer) + layer
+    arguments.overrides = [_open_mapping(override) for override in imply_groups(arguments.overrides)]
     return arguments
 
 
-def split_override(override: str) -> tuple[str, str]:
-    """`key=value` -> (key, value); the prefixes `+` and `++` are taken off the key."""
-    key, _, value = override.partition("=")
-    return key.lstrip("+"), value
+def completion_line(line: str) -> str:
+    """The command line that a shell wants completed, with the words before the last as Hydra's grammar reads them."""
+    command, *words = line.split()
+    last = words.pop() if words and not line.endswith(" ") else ""
+    try:
+        before = parse_arguments(words).to_argv()
+    except ConfigError:
+        before = []
+    return " ".join([command, *(word for word in before if " " not in word), last])
 
 
-def path_keys() -> set[str]:
-    """The dotted keys whose values are paths or URLs."""
-    return {"name"} | {key for key, info in walk_schema() if info.metadata.get("path")}
-
-
-def walk_schema(node: type = TrainConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of the schema as (dotted key, dataclass field), the nodes of all methods included."""
-    for info in fields(node):
-        inner = METHOD_NODES.get(info.name) if node is TrainConfig else None
-        inner = inner or (info.type if is_dataclass(info.type) else None)
-        if inner:
-            yield from walk_schema(inner, f"{prefix}{info.name}.")  # type: ignore[arg-type]
+def _sort(argv: list[str]) -> tuple[Arguments, list[str]]:
+    arguments, typed = Arguments(), []
+    words: Iterator[str] = itertools.chain.from_iterable(
+        word.split("=", 1) if word.startswith("--") else [word] for word in argv
+    )  # `--cfg=job` is `--cfg job`
+    for word in words:
+        if word in MULTIRUN:
+            arguments.multirun = True
+        elif word in SWITCHES_WITH_VALUE:
+            value = next(words, None)
+            if value is None:
+                raise ConfigError(f"{word}: a value must follow it.")
+            arguments.switches += [word, value]
+        elif word in SWITCHES or (word in INFO and arguments.switches and arguments.switches[-1] in SHOW_INFO):
+            arguments.switches.append(word)
+        elif word.startswith("-"):
+            known = (*MULTIRUN, *SWITCHES_WITH_VALUE, *SWITCHES)
+            raise ConfigError(
+                f"{word}: unknown switch.{did_you_mean(word, known)} Settings are KEY=VALUE, no dashes; see --help."
+            )
         else:
-            yield f"{prefix}{info.name}", info
+            typed.append(word)
+    return arguments, typed
 
 
-def quote_path(override: str, *, multirun: bool) -> str:
-    """Quote the value of a path-valued key, so that `=`, commas and spaces reach it as typed.
+def _is_config_file(word: str) -> bool:
+    """A run of a sweep lies in a directory like `r=4_lora_alpha=8`, so `=` alone does not make an override."""
+    return word.endswith((".yaml", ".yml")) and ("=" not in word or os.path.isfile(word))
+
+
+@functools.cache
+def text_keys() -> frozenset[str]:
+    """The dotted keys that hold free text: paths, URLs, names."""
+    return frozenset(
+        key
+        for key, info in walk_schema()
+        if info.metadata.get("text") or (info.type in (str, str | None) and not info.metadata.get("choices"))
+    )
+
+
+def quote_text(override: str, *, multirun: bool) -> str:
+    """Quote the value of a key that holds text, so that `=`, commas, spaces and brackets reach it as typed.
 
     In a sweep a comma separates values, unless the whole is the name of something that exists.
     """
     key, value = split_override(override)
-    if key not in path_keys() or PLAIN_VALUE.fullmatch(value):
+    if (
+        not (key in text_keys() or key.startswith("hardware.env."))
+        or value in ("", "null")
+        or QUOTED_VALUE.fullmatch(value)
+    ):
         return override
-    if multirun and re.match(r"(choice|glob|range|shuffle|sort|interval)\(", value):
+    if multirun and SWEEP_VALUE.match(value):
         return override
-    items = value.split(",") if multirun and not Path(value).exists() else [value]
-    return override[: -len(value)] + ",".join(to_grammar(item) if not _is_number(item) else item for item in items)
+    items = value.split(",") if multirun and not os.path.exists(value) else [value]
+    return override.removesuffix(value) + ",".join(_as_typed(key, item) for item in items)
 
 
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|null", text) is not None
-
-
-def to_grammar(value: Any) -> str:
-    """A Python value in Hydra's override grammar."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(to_grammar(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{to_grammar(item)}" for key, item in value.items()) + "}"
-    text = str(value)
-    # In Hydra's quoted strings a backslash escapes only a quote, or backslashes in front of one.
-    text = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", text)
-    text = re.sub(r"(\\+)$", lambda match: match[1] * 2, text)
-    return f"'{text}'"
-
-
-def file_overrides(path: Path) -> list[str]:
-    """The keys of a user's YAML file (or of a run's config.yaml) as overrides.
-
-    Raises ConfigError if the file is missing, is not YAML or is not a mapping.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    if not path.is_file():
-        raise ConfigError(f"The config file {path} does not exist.")
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds no KEY: VALUE lines; write for example `model: mistral7b`.")
-    derived = set(content.pop("derived", []))
-    choices, values = [], []
-    for key, value in content.items():
-        if key in group_names():
-            option = value.get("name") if isinstance(value, dict) else value
-            if option is not None and (not isinstance(value, dict) or option in group_options(key)):
-                choices.append(f"{key}={option}")
-            values += _leaves(f"{key}.", value, derived) if isinstance(value, dict) else []
-        elif isinstance(value, dict):
-            values += _leaves(f"{key}.", value, derived)
-        elif key not in derived:
-            values.append(f"{key}={to_grammar(value)}")
-    return expand_hub_models(choices) + values
-
-
-def _leaves(prefix: str, node: dict[str, Any], derived: set[str]) -> list[str]:
-    leaves = []
-    for key, value in node.items():
-        dotted = f"{prefix}{key}"
-        if dotted in derived or (key == "name" and prefix.count(".") == 1 and prefix[:-1] in group_names()):
-            continue
-        if isinstance(value, dict) and dotted != "hardware.env":
-            leaves += _leaves(f"{dotted}.", value, derived)
-        else:
-            leaves.append(f"{dotted}={to_grammar(value)}")
-    return leaves
+def _as_typed(key: str, value: str) -> str:
+    if value == "null" or (key == "data.validation" and NUMBER.fullmatch(value)):
+        return value
+    # Shells expand a ~ at the start of a word only.
+    return to_grammar(os.path.expanduser(value) if value.startswith("~/") else value)
 
 
 def expand_hub_models(overrides: list[str]) -> list[str]:
-    """`model=org/name` is a hub model: the option `custom` with that hub id."""
+    """`model=org/name` is a hub model: the option `custom` with that hub id. Raises ConfigError for a directory."""
     expanded = []
     for override in overrides:
         key, value = split_override(override)
@@ -177,8 +168,10 @@ def expand_hub_models(overrides: list[str]) -> list[str]:
             expanded.append(override)
             continue
         names = value.split(",")
-        if not all("/" in name for name in names):
-            listed = [name for name in names if "/" not in name]
+        for name in names:
+            if name.startswith((".", "/", "~")) or name.count("/") > 1:
+                raise ConfigError(f"model={name}: a hub model is org/name; a directory is model.path={name}.")
+        if listed := [name for name in names if "/" not in name]:
             raise ConfigError(
                 f"model={value} mixes hub ids with the shipped names {', '.join(listed)}: give the hub id of each, "
                 "or run two sweeps."
@@ -187,28 +180,18 @@ def expand_hub_models(overrides: list[str]) -> list[str]:
     return expanded
 
 
-def last_choice_wins(overrides: list[str]) -> list[str]:
-    """Keep the last choice of each group: Hydra takes one, and a file may be followed by the command line's."""
-    last = {split_override(override)[0]: index for index, override in enumerate(overrides)}
-    return [
-        override
-        for index, override in enumerate(overrides)
-        if (key := split_override(override)[0]) not in group_names() or last[key] == index
-    ]
+def _open_mapping(override: str) -> str:
+    """`hardware.env` takes any key, which in Hydra's grammar is `++`."""
+    return f"++{override}" if override.startswith(("hardware.env.", "hardware.env=")) else override
 
 
 def imply_groups(overrides: list[str]) -> list[str]:
     """`data.path=FILE` alone replaces the demo, `model.path=DIR` alone the tiny model."""
-    keys = {split_override(override)[0] for override in overrides}
+    values = dict(map(split_override, overrides))
+    chosen = values.keys() | groups_of_experiment(values.get("experiment", ""))
     implied = []
-    if "experiment" not in keys:
-        if "model" not in keys and keys & {"model.path", "model.hub_id"}:
-            implied.append("model=custom")
-        if "data" not in keys and keys & {"data.path", "data.hub_id"}:
-            implied.append("data=jsonl")
+    if "model" not in chosen and values.keys() & {"model.path", "model.hub_id"}:
+        implied.append("model=custom")
+    if "data" not in chosen and values.keys() & {"data.path", "data.hub_id"}:
+        implied.append("data=jsonl")
     return implied + overrides
-
-
-def suggest_key(key: str) -> str:
-    """The nearest key of the schema, for a message; empty when nothing is near."""
-    return did_you_mean(key, [known for known, _ in walk_schema()])

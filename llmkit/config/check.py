@@ -5,8 +5,10 @@ key, the value, what is legal and the nearest known name.
 """
 
 import dataclasses
+import re
 import types
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -15,16 +17,37 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llmkit.config.arguments import split_override, suggest_key, walk_schema
+from llmkit.config.arguments import SHOW_CONFIG, SHOW_INFO, Arguments
 from llmkit.config.foreign import FOREIGN_NAMES
+from llmkit.config.grammar import split_override
 from llmkit.config.registration import group_names, group_options
-from llmkit.config.schema import GROUPS, METHOD_NODES, NODES_OF_METHOD, TrainConfig
+from llmkit.config.resolve import secret_problem
+from llmkit.config.schema import METHOD_NODES, NODES, NODES_OF_METHOD, TrainConfig, walk_schema
 from llmkit.config.setting import is_legal, legal_values
 from llmkit.errors import did_you_mean
 
 
-def check_overrides(overrides: Sequence[str], *, multirun: bool) -> list[str]:
-    """All problems of `overrides`, each a message for the user; an empty list if Hydra may compose them."""
+def check_switches(arguments: Arguments) -> list[str]:
+    """Problems of Hydra's switches, which Hydra answers with a page of usage or a traceback."""
+    problems = []
+    shown = arguments.switch_value(*SHOW_CONFIG)
+    if shown not in (None, "job", "hydra", "all"):
+        problems.append(f"--cfg {shown}: one of job, hydra, all.{did_you_mean(str(shown), ['job', 'hydra', 'all'])}")
+    if arguments.multirun and arguments.has_switch(*SHOW_CONFIG, *SHOW_INFO):
+        problems.append("--cfg and --info show one config: leave out -m and the values to sweep.")
+    if arguments.has_switch(*SHOW_CONFIG) and arguments.has_switch(*SHOW_INFO):
+        problems.append("--cfg and --info: one at a time.")
+    if arguments.has_switch("--resolve") and shown is None:
+        problems.append("--resolve goes with --cfg job.")
+    return problems
+
+
+def check_overrides(overrides: Sequence[str], *, multirun: bool, config_dir: str | None = None) -> list[str]:
+    """All problems of `overrides`, each a message for the user; an empty list if Hydra may compose them.
+
+    Args:
+        config_dir: a directory of the user's own options of groups (Hydra's --config-dir).
+    """
     schema = dict(walk_schema())
     problems: list[str] = []
     parsed: list[Override] = []
@@ -35,23 +58,30 @@ def check_overrides(overrides: Sequence[str], *, multirun: bool) -> list[str]:
             try:
                 override = parser.parse_override(text)
             except HydraException as error:
-                problem = f"'{text}' cannot be read: {str(error).splitlines()[0]}"
+                reason = str(error).splitlines()[0]
+                problem = f"{text}: cannot be read ({reason}). Special characters go in quotes: KEY=\"'VALUE'\"."
             else:
                 parsed.append(override)
-                problem = _problem(override, schema)
+                problem = _problem(override, schema, multirun=multirun, config_dir=config_dir)
         if problem:
             problems.append(problem)
     return problems or _method_problems(parsed)
 
 
-def _problem(override: Override, schema: dict[str, dataclasses.Field]) -> str:
+def _problem(
+    override: Override, schema: dict[str, dataclasses.Field], *, multirun: bool, config_dir: str | None
+) -> str:
     key = override.key_or_group
-    if key.startswith("hydra"):
-        return ""  # Hydra's own switches
+    if key.startswith(("hydra.", "hydra/")):
+        return ""  # Hydra's own settings
+    if override.is_sweep_override() and not multirun:
+        return f"{override.input_line}: several values are a sweep; add -m."
+    if key == "derived":
+        return "derived: llmkit fills it in; set the keys themselves."
     if key in group_names():
-        return _option_problem(key, override)
+        return _option_problem(key, override, config_dir)
     if key.startswith("hardware.env."):
-        return ""
+        return secret_problem(key)  # here already: Hydra writes a sweep's overrides to disk
     if key in schema:
         if override.is_delete():
             return f"~{key}: keys of the schema cannot be removed; set {key}=null to unset it."
@@ -59,8 +89,9 @@ def _problem(override: Override, schema: dict[str, dataclasses.Field]) -> str:
     return unknown_key(key, override.get_value_element_as_str() if not override.is_delete() else "")
 
 
-def _option_problem(group: str, override: Override) -> str:
-    options = group_options(group)
+def _option_problem(group: str, override: Override, config_dir: str | None) -> str:
+    own = sorted(path.stem for path in (Path(config_dir) / group).glob("*.yaml")) if config_dir else []
+    options = (*group_options(group), *own)
     for option in _values(override):
         if isinstance(option, Glob) or option is None or option in options:
             continue
@@ -76,6 +107,9 @@ def unknown_key(key: str, value: str = "") -> str:
     last = key.rpartition(".")[2]
     node = key.split(".")[0]
     known = [name for name, _ in walk_schema()]
+    if key in NODES:
+        first = dataclasses.fields(NODES[key])[0].name
+        return f"{typed}: '{key}' holds several keys; set each by its name, as in {key}.{first}=..."
     if (ours := FOREIGN_NAMES.get(last)) and not (ours in known and ours == key):
         return f"{typed}: llmkit has no key '{key}'; here it is {ours}."
     same_word = [name for name in known if name.rpartition(".")[2] == last]
@@ -86,7 +120,8 @@ def unknown_key(key: str, value: str = "") -> str:
         names = ", ".join(name.partition(".")[2] for name in siblings)
         return f"{typed}: '{node}' has no key '{last}'.{did_you_mean(key, siblings)} Its keys: {names}."
     top = [field.name for field in dataclasses.fields(TrainConfig) if field.name != "derived"]
-    return f"{typed}: there is no key '{key}'.{did_you_mean(key, top) or suggest_key(key)} Top level: {', '.join(top)}."
+    near = did_you_mean(key, top) or did_you_mean(key, known)
+    return f"{typed}: there is no key '{key}'.{near} Top level: {', '.join(top)}."
 
 
 def _values(override: Override) -> list[Any]:
@@ -111,7 +146,7 @@ def _value_problem(key: str, value: Any, field: dataclasses.Field) -> str:
         return ""  # an interpolation; its value is checked after composing
     legal = legal_values(field)
     try:
-        holder = OmegaConf.structured(_holder(key))
+        holder = OmegaConf.structured(NODES.get(key.rpartition(".")[0], TrainConfig))
         OmegaConf.update(holder, key.rpartition(".")[2], value, merge=False)
     except OmegaConfBaseException:
         return f"{key}={value}: expected {type_in_words(field)}{f', {legal}' if legal else ''}."
@@ -122,15 +157,16 @@ def _value_problem(key: str, value: Any, field: dataclasses.Field) -> str:
     return ""
 
 
-def _holder(key: str) -> type:
-    node = key.rpartition(".")[0]
-    return {**GROUPS, **METHOD_NODES}.get(node, TrainConfig)
-
-
 def type_in_words(field: dataclasses.Field) -> str:
     """`a whole number`, `true or false`, ... for the type of a config field."""
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Any: "any value"}
-    kind = field.type
+    words: dict[Any, str] = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        Any: "any value",
+    }
+    kind: Any = field.type
     optional = ""
     if isinstance(kind, types.UnionType):
         kind, optional = next(arg for arg in get_args(kind) if arg is not type(None)), " or null"
@@ -138,14 +174,14 @@ def type_in_words(field: dataclasses.Field) -> str:
         return f"a list, [a,b]{optional}"
     if get_origin(kind) is dict:
         return f"a mapping, {{key: value}}{optional}"
-    return words.get(kind, str(kind)) + optional  # type: ignore[call-overload]
+    return words.get(kind, str(kind)) + optional
 
 
 def _list_problem(text: str, schema: dict[str, dataclasses.Field], *, multirun: bool) -> str:
     """`-m lora.target_modules=q_proj,v_proj` would be a sweep of two one-module jobs; ask which is meant."""
     key, value = split_override(text)
     is_list = key == "lora.target_modules" or (key in schema and type_in_words(schema[key]).startswith("a list"))
-    if not is_list or "," not in value or value.startswith(("[", "'", '"', "choice(")):
+    if not is_list or "," not in value or re.search(r"""[]['"(]""", value):
         return ""
     sweep = " or, to sweep, ".join([""] + [f"'{key}=" + ",".join(f"[{v}]" for v in value.split(",")) + "'"] * multirun)
     return f"{text}: {key} is a list. Write '{key}=[{value}]'{sweep}."
@@ -164,10 +200,20 @@ def _method_problems(overrides: list[Override]) -> list[str]:
         without = [m for m in chosen if isinstance(m, str) and node not in NODES_OF_METHOD.get(m, ())]
         if not without:
             continue
-        owners = [method for method, nodes in NODES_OF_METHOD.items() if node in nodes]
-        text = f"{override.input_line}: method={without[0]} has no '{node}' settings; they belong to method="
-        text += " or method=".join(owners) + "."
+        text = f"{override.input_line}: method={without[0]} has no '{node}' settings; {_owners(node)}."
         if len(chosen) > 1:
             text += f" A sweep makes every combination, so sweep method={without[0]} in a command of its own."
         problems.append(text)
     return problems
+
+
+def missing_node(key: str) -> str:
+    """The message for a key of a node that the method does not have; empty for any other key."""
+    node = key.split(".")[0]
+    if node not in METHOD_NODES:
+        return ""
+    return f"{key}: the chosen method has no '{node}' settings; {_owners(node)}."
+
+
+def _owners(node: str) -> str:
+    return "they belong to " + " or ".join(f"method={name}" for name, nodes in NODES_OF_METHOD.items() if node in nodes)

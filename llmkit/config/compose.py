@@ -12,8 +12,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from llmkit.config.arguments import Arguments
-from llmkit.config.check import check_overrides, unknown_key
+from llmkit.config.arguments import CONFIG_DIR, Arguments, completion_line
+from llmkit.config.check import check_overrides, check_switches, missing_node, unknown_key
 from llmkit.config.registration import group_names, group_options, register
 from llmkit.errors import ConfigError
 
@@ -32,19 +32,27 @@ def run_composed(
     Raises:
         ConfigError: lists every problem of the overrides.
     """
-    if arguments.multirun and set(arguments.switches) & {"--cfg", "-c", "--info", "-i"}:
-        raise ConfigError("--cfg and --info show one config: leave out -m and the values to sweep.")
     register()
     _register_launchers(launchers)
-    problems = check_overrides(arguments.overrides, multirun=arguments.multirun)
-    if problems:
-        raise ConfigError(*problems)
+    if not arguments.completes_shell:
+        own_options = arguments.switch_value(*CONFIG_DIR)
+        problems = check_switches(arguments)
+        problems += check_overrides(arguments.overrides, multirun=arguments.multirun, config_dir=own_options)
+        if problems:
+            raise ConfigError(*problems)
+    elif "COMP_LINE" in os.environ:
+        os.environ["COMP_LINE"] = completion_line(os.environ["COMP_LINE"])
     entry = hydra.main(version_base="1.3", config_path="pkg://llmkit.conf", config_name=config_name)(task)
     with _hydra_environment([sys.argv[0], *arguments.to_argv()]):
         try:
             entry()
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(_explain(error)) from error
+            if not arguments.completes_shell:  # an unfinished line has nothing to complete, and no message either
+                raise ConfigError(_explain(error)) from error
+        except ValueError as error:
+            if not arguments.completes_shell:
+                raise
+            raise ConfigError(str(error)) from error
 
 
 @contextmanager
@@ -82,10 +90,11 @@ def groups_in_words() -> str:
 
 
 def _explain(error: Exception) -> str:
-    """Hydra's and OmegaConf's words for what the checks of single overrides could not see."""
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
-    key = getattr(cause or error, "full_key", None)
-    text = str(cause or error).splitlines()[0]
-    if key and "not in" in text:
-        return unknown_key(str(key))
-    return f"{key}: {text}" if key else str(error).split("\nConfig search path")[0].strip()
+    """What the checks of single overrides could not see, in Hydra's and OmegaConf's words where we have no better."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    key = str(getattr(cause, "full_key", None) or "")
+    text = str(cause).splitlines()[0]
+    if key.startswith("hydra.") or not key:
+        text = " ".join(str(error).split("\nConfig search path")[0].split())
+        return f"{key}: {text}" if key else text
+    return missing_node(key) or (unknown_key(key) if "not in" in text else f"{key}: {text}")

@@ -2,14 +2,16 @@
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from llmkit import rundir
-from llmkit.config.schema import METHOD_NODES, LocalLauncherConfig, TrainConfig
+from llmkit.config.schema import NODES, TrainConfig
 from llmkit.errors import ConfigError
 
 # Where a run lives and how it is started is not what it computes.
@@ -21,6 +23,7 @@ def save(config: TrainConfig, run_dir: Path) -> None:
     """Write `config` to `<run_dir>/config.yaml`, without its own place, so that the file repeats the run elsewhere."""
     values = dataclasses.asdict(config)
     del values["name"], values["run_dir"]
+    values = _literal(values)
     head = f"# Repeat this run: llmkit train {run_dir / rundir.CONFIG}\n"
     partial = run_dir / f".{rundir.CONFIG}.{os.getpid()}"
     partial.write_text(head + OmegaConf.to_yaml(OmegaConf.create(values)), encoding="utf-8")
@@ -33,14 +36,16 @@ def load(run_dir: Path) -> TrainConfig:
     if not path.is_file():
         raise ConfigError(f"{run_dir} is not a run directory: it holds no {rundir.CONFIG}.")
     try:
-        values = OmegaConf.load(path)
+        values: Any = OmegaConf.load(path)
         schema = OmegaConf.structured(TrainConfig)
-        for name, node in {**METHOD_NODES, "launcher": LocalLauncherConfig}.items():
+        for name, node in NODES.items():
             if values.get(name) is not None:
                 schema[name] = OmegaConf.structured(node)
         config: Any = OmegaConf.to_object(OmegaConf.merge(schema, values))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error.full_key}: {str(error).splitlines()[0]}") from error
+    except (YAMLError, AttributeError) as error:
+        raise ConfigError(f"{path} is not a run's config: {error}") from error
     config.run_dir = str(run_dir)
     return config
 
@@ -58,6 +63,15 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
         if left != right and not filled_in and key.split(".")[0] not in NOT_COMPARED:
             lines.append(f"{key}: {left} -> {right}")
     return lines
+
+
+def _literal(value: Any) -> Any:
+    """`value` with every `${` escaped: what has been resolved must not be read as an interpolation again."""
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,7 @@ from importlib import resources
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from llmkit.config.schema import GROUPS, METHOD_NODES, LocalLauncherConfig, TrainConfig
+from llmkit.config.schema import GROUPS, METHOD_NODES, TrainConfig
 from llmkit.rundir import default_run_dir
 
 
@@ -17,7 +17,7 @@ def register() -> None:
     store.store(name="train_schema", node=TrainConfig)
     for name, node in METHOD_NODES.items():
         store.store(group="schema", name=name, node=node)
-    store.store(group="schema/launcher", name="local", node=LocalLauncherConfig)
+    store.store(group="schema/launcher", name="local", node=GROUPS["launcher"])
     # Cached: a sweep's directory must not move when the clock ticks between two readings.
     OmegaConf.register_new_resolver(
         "llmkit_run_dir", lambda run_dir, name: run_dir or default_run_dir(name), use_cache=True, replace=True
@@ -37,3 +37,14 @@ def group_options(group: str) -> tuple[str, ...]:
 def group_names() -> tuple[str, ...]:
     """All groups a user can pick from."""
     return (*GROUPS, "experiment")
+
+
+def groups_of_experiment(option: str) -> set[str]:
+    """The groups that an experiment file chooses itself; all, if it is not one of ours."""
+    if not option or option == "null":
+        return set()
+    if option not in group_options("experiment"):
+        return set(GROUPS)
+    text = (resources.files("llmkit.conf") / "experiment" / f"{option}.yaml").read_text(encoding="utf-8")
+    defaults = OmegaConf.to_container(OmegaConf.create(text)).get("defaults", [])  # type: ignore[union-attr]
+    return {str(key).removeprefix("override /") for entry in defaults if isinstance(entry, dict) for key in entry}

@@ -1,5 +1,6 @@
 """From the composed DictConfig to one plain, complete TrainConfig: fill in what follows from the rest."""
 
+import contextlib
 import re
 from typing import Any
 
@@ -10,8 +11,13 @@ from llmkit.config.schema import LoraConfig, TrainConfig, TrainingConfig
 from llmkit.errors import ConfigError
 
 DEFAULT_GLOBAL_BATCH_SIZE = 16
+# Micro-batches that llmkit chooses itself: a large model's activations should fit without a thought.
+LARGEST_MICRO_BATCH = 16
+LARGEST_MICRO_BATCH_OF_LARGE_MODELS = 4
+LARGE_MODEL = 0.5e9  # parameters
 DEFAULT_LEARNING_RATE = {"full": 2e-5, "freeze": 2e-5, "lora": 2e-4, "qlora": 2e-4}
-SECRET = re.compile(r"(?i)(token|secret|password|api_?key|credential)")
+# TOKENIZERS_PARALLELISM is none.
+SECRET = re.compile(r"(?i)(token(?!iz)|secret|passw|credential|(^|_)(api)?key(_|$))")
 
 
 def resolve(config: DictConfig) -> TrainConfig:
@@ -33,13 +39,23 @@ def resolve(config: DictConfig) -> TrainConfig:
     if isinstance(resolved.lora, LoraConfig) and resolved.lora.lora_alpha is None:
         resolved.lora.lora_alpha = 2 * resolved.lora.r
         resolved.derived.append("lora.lora_alpha")
-    devices = resolved.hardware.num_processes * resolved.hardware.num_nodes
-    resolved.derived += resolve_batch(resolved.training, devices)
+    with contextlib.suppress(ConfigError):  # batch sizes that contradict each other: `validate` says so, with all else
+        small = (resolved.model.parameters or LARGE_MODEL) < LARGE_MODEL
+        largest = LARGEST_MICRO_BATCH if small else LARGEST_MICRO_BATCH_OF_LARGE_MODELS
+        resolved.derived += resolve_batch(resolved.training, device_count(resolved), largest=largest)
     return resolved
 
 
-def resolve_batch(training: TrainingConfig, devices: int) -> list[str]:
+def device_count(config: TrainConfig) -> int:
+    """Devices of the whole run."""
+    return config.hardware.num_processes * config.hardware.num_nodes
+
+
+def resolve_batch(training: TrainingConfig, devices: int, *, largest: int = LARGEST_MICRO_BATCH) -> list[str]:
     """Complete global batch = micro-batch x accumulation x devices in place; return the keys that were filled in.
+
+    Args:
+        largest: most examples of a micro-batch where neither it nor the accumulation is set.
 
     Raises ConfigError if the given values contradict each other or do not divide.
     """
@@ -59,6 +75,8 @@ def resolve_batch(training: TrainingConfig, devices: int) -> list[str]:
             total -= total % ((steps or 1) * devices)
     if micro is None:
         micro = total // ((steps or 1) * devices)
+        if steps is None:
+            micro = next((size for size in range(min(micro, largest), 0, -1) if total % (size * devices) == 0), micro)
     if steps is None:
         steps = total // (micro * devices) if micro else 0
     if micro * steps * devices != total or not total:
@@ -78,15 +96,23 @@ def resolve_batch(training: TrainingConfig, devices: int) -> list[str]:
     return derived
 
 
+def secret_problem(key: str) -> str:
+    """The message for an environment variable that holds a secret, set in a config; empty for any other key."""
+    name = key.removeprefix("hardware.env.")
+    if name == key or not SECRET.search(name):
+        return ""
+    return (
+        f"{key}: secrets are never part of a config, which is written to disk; export {name} in the shell that starts "
+        "llmkit, and the run has it."
+    )
+
+
 def _refuse_secrets(values: Any, key: str = "") -> None:
     if isinstance(values, dict):
         for name, value in values.items():
             dotted = f"{key}.{name}" if key else str(name)
-            if dotted.startswith("hardware.env.") and SECRET.search(str(name)):
-                raise ConfigError(
-                    f"{dotted}: secrets are never part of a config, which is written to disk; "
-                    f"export {name} in the shell that starts llmkit, and the run has it."
-                )
+            if problem := secret_problem(dotted):
+                raise ConfigError(problem)
             _refuse_secrets(value, dotted)
     elif isinstance(values, list):
         for value in values:
@@ -94,4 +120,4 @@ def _refuse_secrets(values: Any, key: str = "") -> None:
     elif isinstance(values, str):
         for name in re.findall(r"\$\{oc\.env:\s*([^,}]+)", values):
             if SECRET.search(name):
-                raise ConfigError(f"{key}: ${{oc.env:{name}}} would write a secret to disk; llmkit reads {name} itself.")
+                raise ConfigError(f"{key}: ${{oc.env:{name}}} would write a secret to disk; the run has {name} anyway.")

@@ -5,7 +5,8 @@ Field names are those of the library a value goes to (Transformers, PEFT, bitsan
 them: `lora` with `method=lora`, so that `method=full lora.r=4` is an error and not a setting without effect.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from llmkit.config.setting import setting
@@ -20,8 +21,8 @@ class ModelConfig:
     name: str = setting("custom", "The option of the model group; `custom` for any hub id or directory.")
     hub_id: str | None = setting(None, "Hugging Face hub id, `org/name`.")
     revision: str = setting("main", "Branch, tag or commit of the hub model.")
-    commit: str | None = setting(None, "The commit `revision` was at; the worker records it, and a repeated run uses it.")
-    path: str | None = setting(None, "A directory with a model; takes the place of `hub_id`.", path=True)
+    commit: str | None = setting(None, "The commit `revision` was at; recorded by the worker, used by a repeated run.")
+    path: str | None = setting(None, "A directory with a model; takes the place of `hub_id`.")
     context_length: int | None = setting(None, "Longest sequence in tokens; unset: the model's own config says.", gt=0)
     parameters: float | None = setting(None, "Number of parameters; unset: counted when the model is loaded.", gt=0)
     gated: bool = setting(False, "Whether the hub asks for an accepted licence and a token (HF_TOKEN).")
@@ -33,7 +34,6 @@ class ModelConfig:
     chat_template: str = setting(
         "keep-original",
         "Template where `data.chat_template` is unset: `keep-original`, a shipped name, or a Jinja file.",
-        path=True,
     )
     pad_token: str = setting("auto", "Padding token: `auto`, `unk`, `bos`, `eos`, or a token of the vocabulary.")
     trust_remote_code: bool = setting(False, "Run Python code that comes with the model; off unless you trust it.")
@@ -42,7 +42,7 @@ class ModelConfig:
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     name: str = setting("jsonl", "The option of the data group.")
-    path: str | None = setting(None, "Training data: a file, or a directory holding train.jsonl.", path=True)
+    path: str | None = setting(None, "Training data: a file, or a directory holding train.jsonl.")
     hub_id: str | None = setting(None, "Hub data set, `org/name`, used where `path` is unset.")
     hub_config: str | None = setting(None, "Configuration of the hub data set.")
     format: str = setting(
@@ -50,12 +50,10 @@ class DataConfig:
         "Layout of a row; `auto` detects it from the columns.",
         choices=("auto", "messages", "question_answer"),
     )
-    validation: Any = setting(0.05, "Held-out rows: a file, a share of the training rows (0-1), or null.", path=True)
-    max_length: int | None = setting(
-        None, "Longest example in tokens; unset: the model's context, at most 2048.", ge=8
-    )
+    validation: Any = setting(0.05, "Held-out rows: a file, a share of the training rows (0-1), or null.", text=True)
+    max_length: int | None = setting(None, "Longest example in tokens; unset: the model's context, at most 2048.", ge=8)
     chat_template: str | None = setting(
-        None, "`keep-original`, a shipped name (chat-ml, plain), or a Jinja file; unset: model.chat_template.", path=True
+        None, "`keep-original`, a shipped name (chat-ml, plain), or a Jinja file; unset: model.chat_template."
     )
     on_overlong: str = setting("error", "What happens to rows over max_length.", choices=("error", "drop"))
     on_empty: str = setting("error", "What happens to rows with nothing to learn from.", choices=("error", "drop"))
@@ -104,7 +102,7 @@ class FreezeConfig:
 class PrecisionConfig:
     name: str = setting(
         "auto",
-        "Arithmetic: fp32, bf16/fp16 (mixed, trained weights in fp32), bf16_pure (all in bf16), auto (the device's best).",
+        "Arithmetic: fp32; bf16 or fp16 (trained weights in fp32); bf16_pure (all bf16); auto (the device's best).",
         choices=PRECISIONS,
     )
 
@@ -147,7 +145,15 @@ class TrainingConfig:
     lr_scheduler_type: str = setting(
         "cosine",
         "Shape of the learning rate over the run.",
-        choices=("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial", "cosine_with_restarts"),
+        choices=(
+            "linear",
+            "cosine",
+            "constant",
+            "constant_with_warmup",
+            "inverse_sqrt",
+            "polynomial",
+            "cosine_with_restarts",
+        ),
     )
     warmup_steps: float = setting(0.03, "Warm-up: steps, or below 1 a share of all steps.", ge=0)
     global_batch_size: int | None = setting(
@@ -155,7 +161,9 @@ class TrainingConfig:
     )
     per_device_train_batch_size: int | None = setting(None, "Examples per device at a time (micro-batch).", ge=1)
     gradient_accumulation_steps: int | None = setting(None, "Micro-batches per optimizer step.", ge=1)
-    per_device_eval_batch_size: int | None = setting(None, "As above, in evaluation; unset: twice the micro-batch.", ge=1)
+    per_device_eval_batch_size: int | None = setting(
+        None, "As above, in evaluation; unset: twice the micro-batch.", ge=1
+    )
     weight_decay: float = setting(0.0, "Decoupled weight decay.", ge=0)
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm; 0 switches clipping off.", ge=0)
     optim: str = setting("adamw_torch", "Optimizer, by Transformers' name (adamw_torch, adamw_8bit, adafactor, ...).")
@@ -170,7 +178,9 @@ class TrainingConfig:
     save_steps: float | None = setting(
         None, "Steps between checkpoints, or below 1 a share of the run; unset: none are kept.", gt=0
     )
-    final: str = setting("last", "Which weights `final/` holds: of the last step or of the best evaluation.", choices=("last", "best"))
+    final: str = setting(
+        "last", "Which weights `final/` holds: of the last step or of the best evaluation.", choices=("last", "best")
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -206,8 +216,8 @@ class LocalLauncherConfig:
 class TrainConfig:
     recipe: str = setting("sft", "What the run does.", choices=("sft",))
     name: str | None = setting(None, "Name of the run: it lives in runs/<name>; unset: a timestamp.")
-    run_dir: str | None = setting(None, "Directory of the run; unset: runs/<name>.", path=True)
-    seed: int = setting(42, "Seed of initialisation, data order and dropout.", ge=0)
+    run_dir: str | None = setting(None, "Directory of the run; unset: runs/<name>.")
+    seed: int = setting(42, "Seed of initialisation, data order and dropout.", ge=0, le=2**32 - 1)
     objective: str = setting(
         "eval_loss",
         "The figure a sweep compares runs by.",
@@ -243,5 +253,16 @@ GROUPS: dict[str, type] = {
     "launcher": LocalLauncherConfig,
 }
 METHOD_NODES: dict[str, type] = {"lora": LoraConfig, "qlora": QloraConfig, "freeze": FreezeConfig}
+# The dataclass of every node, also of those that are `Any` at the root.
+NODES: dict[str, type] = {**GROUPS, **METHOD_NODES}
 # Which nodes a method has beside the common ones.
 NODES_OF_METHOD = {"full": (), "freeze": ("freeze",), "lora": ("lora",), "qlora": ("lora", "qlora")}
+
+
+def walk_schema() -> Iterator[tuple[str, Field]]:
+    """Every key of the schema as (dotted key, dataclass field), the nodes of all methods included."""
+    for info in fields(TrainConfig):
+        if info.name in NODES:
+            yield from ((f"{info.name}.{inner.name}", inner) for inner in fields(NODES[info.name]))
+        else:
+            yield info.name, info

@@ -8,7 +8,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from llmkit.config.schema import NODES_OF_METHOD, LoraConfig, TrainConfig
+from llmkit.config.resolve import device_count, resolve_batch
+from llmkit.config.schema import METHOD_NODES, NODES_OF_METHOD, LoraConfig, QloraConfig, TrainConfig
 from llmkit.config.setting import is_legal, legal_values
 from llmkit.errors import ConfigError, did_you_mean
 
@@ -21,6 +22,7 @@ def validate(config: TrainConfig) -> None:
         *_model_problems(config),
         *_data_problems(config),
         *_hardware_problems(config),
+        *_training_problems(config),
     ]
     if problems:
         raise ConfigError(*problems)
@@ -38,7 +40,7 @@ def warnings(config: TrainConfig) -> list[str]:
     if training.max_steps is not None and training.num_train_epochs != 3.0:
         found.append(
             f"training.num_train_epochs={training.num_train_epochs:g} has no effect: "
-            f"training.max_steps={training.max_steps} says when the run ends."
+            f"training.max_steps={training.max_steps} ends the run (null: epochs do)."
         )
     if training.warmup_steps and training.lr_scheduler_type == "constant":
         found.append(
@@ -52,8 +54,10 @@ def warnings(config: TrainConfig) -> list[str]:
         found.append("training.final=best has no effect without data.validation: the last weights are kept.")
     if config.tracking.name == "none" and (config.tracking.tags or config.tracking.entity or config.tracking.group):
         found.append("tracking.tags, entity and group have no effect with tracking=none; choose tracking=wandb.")
-    if config.qlora is not None and config.qlora.bits == 8 and config.qlora.bnb_4bit_quant_type != "nf4":
-        found.append("qlora.bnb_4bit_quant_type has no effect with qlora.bits=8.")
+    if config.qlora is not None and config.qlora.bits == 8:
+        for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
+            if getattr(config.qlora, key) != getattr(QloraConfig(), key):
+                found.append(f"qlora.{key} has no effect with qlora.bits=8.")
     return found
 
 
@@ -72,7 +76,7 @@ def _method_problems(config: TrainConfig) -> list[str]:
     problems = []
     method = config.method.name
     wanted = NODES_OF_METHOD.get(method, ())
-    for node in ("lora", "qlora", "freeze"):
+    for node in METHOD_NODES:
         if (getattr(config, node) is not None) != (node in wanted):
             problems.append(
                 f"method.name={method} does not go with its settings ({node}); choose it with method={method}."
@@ -109,13 +113,13 @@ def _data_problems(config: TrainConfig) -> list[str]:
     if data.path and data.path != "demo" and not Path(data.path).exists():
         problems.append(f"data.path={data.path}: does not exist (seen from {Path.cwd()}).{_near_file(data.path)}")
     held_out = data.validation
-    if isinstance(held_out, bool) or (isinstance(held_out, int | float) and not 0 < held_out < 1):
+    if isinstance(held_out, bool | list | dict) or (isinstance(held_out, int | float) and not 0 < held_out < 1):
         problems.append(f"data.validation={held_out}: a share between 0 and 1, a file, or null.")
     elif isinstance(held_out, str) and held_out != "demo" and not Path(held_out).exists():
         problems.append(f"data.validation={held_out}: does not exist.{_near_file(held_out)}")
     if config.model.context_length and data.max_length and data.max_length > config.model.context_length:
         problems.append(
-            f"data.max_length={data.max_length}: {config.model.name} takes at most {config.model.context_length} tokens."
+            f"data.max_length={data.max_length}: model={config.model.name} takes {config.model.context_length} at most."
         )
     return problems
 
@@ -129,12 +133,26 @@ def _hardware_problems(config: TrainConfig) -> list[str]:
     hardware, precision = config.hardware, config.precision.name
     problems = []
     if precision != "auto" and precision not in hardware.precisions:
-        problems.append(
-            f"precision={precision}: hardware={hardware.name} has {', '.join(hardware.precisions)}."
-        )
+        problems.append(f"precision={precision}: hardware={hardware.name} has {', '.join(hardware.precisions)}.")
     if hardware.num_processes * hardware.num_nodes > 1:
         problems.append(
             f"hardware.num_processes={hardware.num_processes} hardware.num_nodes={hardware.num_nodes}: this version "
             "trains on one device; use 1 and 1."
         )
+    return problems
+
+
+def _training_problems(config: TrainConfig) -> list[str]:
+    training, problems = config.training, []
+    for key in ("warmup_steps", "eval_steps", "save_steps"):
+        value = getattr(training, key)
+        if value is not None and value > 1 and not float(value).is_integer():
+            problems.append(f"training.{key}={value}: a whole number of steps, or below 1 a share of the run.")
+    sizes = (training.global_batch_size, training.per_device_train_batch_size, training.gradient_accumulation_steps)
+    devices = device_count(config)
+    if all(size is None or size > 0 for size in sizes) and devices > 0:
+        try:
+            resolve_batch(dataclasses.replace(training), devices)
+        except ConfigError as error:
+            problems += error.problems
     return problems

@@ -48,8 +48,8 @@ class Reporting(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._interrupted = True
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        record = self.metrics.append(logs, step=state.global_step, epoch=state.epoch)
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        record = self.metrics.append(logs or {}, step=state.global_step, epoch=state.epoch)
         if record is None:
             return
         self.console.metrics(record)
@@ -62,7 +62,12 @@ class Samples(TrainerCallback):
     """A few fixed prompts are answered at each evaluation; the answers are kept in samples.jsonl."""
 
     def __init__(
-        self, generator: AnswerGenerator, prompts: list[list[Message]], run_dir: Path, console: RunConsole, tracker: NoTracker
+        self,
+        generator: AnswerGenerator,
+        prompts: list[list[Message]],
+        run_dir: Path,
+        console: RunConsole,
+        tracker: NoTracker,
     ):
         self.generator, self.prompts, self.console, self.tracker = generator, prompts, console, tracker
         self.path = run_dir / rundir.SAMPLES
@@ -86,9 +91,12 @@ class BestWeights(TrainerCallback):
         self.model, self.path = model, run_dir / ".best.safetensors"
         self.best, self.step = math.inf, 0
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
-        if state.global_step and metrics.get("eval_loss", math.inf) < self.best:
-            self.best, self.step = metrics["eval_loss"], state.global_step
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        loss = (metrics or {}).get("eval_loss", math.inf)
+        if state.global_step and loss < self.best:
+            self.best, self.step = loss, state.global_step
             trained = {n: p.detach().cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
             save_file(trained, self.path)
 

@@ -16,9 +16,7 @@ PARTIAL = ".partial"  # where Transformers writes, before a checkpoint is whole
 def commit(written: Path, run_dir: Path, *, step: int) -> Path:
     """Make the files in `written` a checkpoint of `run_dir`: manifest first, then its name, in one rename."""
     files = sorted(path for path in written.rglob("*") if path.is_file())
-    listing = {
-        str(path.relative_to(written)): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files
-    }
+    listing = {str(path.relative_to(written)): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files}
     rundir.write_json(written / MANIFEST, {"step": step, "files": listing})
     target = run_dir / rundir.CHECKPOINTS / f"step-{step:08d}"
     shutil.rmtree(target, ignore_errors=True)

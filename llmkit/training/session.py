@@ -35,7 +35,7 @@ FIGURES = {
 
 
 class Session:
-    """Measures, trains, measures again and delivers. A context manager: trackers and files are closed whatever happens."""
+    """Measures, trains, measures again and delivers; as a context manager it closes files and trackers in any case."""
 
     def __init__(
         self,
@@ -73,7 +73,9 @@ class Session:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.console.end()
         self.metrics.close()
         plot = draw_losses(self.run_dir)
@@ -108,7 +110,9 @@ class Session:
         """Write `final/` and return the contents of result.json."""
         result = self._result()
         if self.stop.signal:
-            self.console.fact("stopped", f"by {self.stop.signal} at step {result['steps']}, saved; the same command goes on")
+            self.console.fact(
+                "stopped", f"by {self.stop.signal} at step {result['steps']}, saved; the same command goes on"
+            )
             return result
         shutil.rmtree(Path(self.trainer.args.output_dir), ignore_errors=True)
         card = model_card(self.config, {"train_loss": self.train_loss} | self.figures)
@@ -126,7 +130,9 @@ class Session:
         if self.data.validation:
             logged = [r for r in read_metrics(self.run_dir) if r["step"] == state.global_step and "eval_loss" in r]
             moved = self.best is not None and when == "after"
-            figures["eval_loss"] = logged[-1]["eval_loss"] if logged and not moved else self.trainer.evaluate()["eval_loss"]
+            figures["eval_loss"] = (
+                logged[-1]["eval_loss"] if logged and not moved else self.trainer.evaluate()["eval_loss"]
+            )
         for name, split in (("exact_match", self.data.validation), ("train_exact_match", self.data.train)):
             asked = questions(split)[: self.config.evaluation.examples] if split else []
             if asked:

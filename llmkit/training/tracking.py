@@ -48,7 +48,9 @@ class WandbTracker(NoTracker):
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         self._table: list[list[Any]] = []
-        self.where = self._run.url or f"offline in {self._run.dir}; upload it with: wandb sync {Path(self._run.dir).parent}"
+        self.where = (
+            self._run.url or f"offline in {self._run.dir}; upload it with: wandb sync {Path(self._run.dir).parent}"
+        )
 
     def log(self, record: dict[str, Any]) -> None:
         self._run.log(record)

@@ -1,4 +1,4 @@
-"""What every recipe's trainer does beyond upstream's: stop at the first non-finite value, and commit checkpoints whole."""
+"""What every recipe's trainer does beyond upstream's: stop at a non-finite value, and commit checkpoints whole."""
 
 import json
 import math
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from llmkit import rundir
+from llmkit.data.prepare import IGNORED
 from llmkit.errors import NonFiniteError
 from llmkit.training import checkpoints
 
@@ -28,6 +29,7 @@ class RunMixin:
         self.run_dir = run_dir
         self._batches_of_step: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = []
         self._overflows = 0
+        self._evaluated = torch.zeros(2)  # summed loss and learnt tokens of the evaluation under way
         super().__init__(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -76,6 +78,26 @@ class RunMixin:
             f"The batch is in {path}. Try a lower training.learning_rate, more training.warmup_steps, a smaller "
             "training.max_grad_norm, or precision=fp32; and look at the batch."
         )
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate one batch, and count what its mean stands for."""
+        output = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if "labels" in inputs:
+            tokens = (inputs["labels"][..., 1:] != IGNORED).sum().to(output[0].device)
+            self._evaluated += torch.stack([output[0].detach() * tokens, tokens])
+        return output
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The loss is the mean over all learnt tokens.
+
+        Upstream averages the means of batches, so that its evaluation loss depends on the batch size (transformers 5.19).
+        """
+        self._evaluated = torch.zeros(2, device=self.args.device)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        total, tokens = self.accelerator.reduce(self._evaluated, "sum")
+        if tokens:
+            output.metrics[f"{metric_key_prefix}_loss"] = float(total / tokens)
+        return output
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]

@@ -19,7 +19,9 @@ def sweep_of(directory: Path) -> list[dict]:
     return json.loads((directory / "sweep.json").read_text())["jobs"]
 
 
-def test_the_missions_command_sweeps_a_hub_model_with_the_flag_between_the_overrides(run_llmkit, hub_with_mistral, tmp_path):
+def test_the_missions_command_sweeps_a_hub_model_with_the_flag_between_the_overrides(
+    run_llmkit, hub_with_mistral, tmp_path
+):
     command = ("train", "method=lora", "model=mistral7b", "-m", "lora.r=4,8,16", "name=alpha", *FAST)
 
     done = run_llmkit(*command, env=hub_with_mistral)
@@ -52,7 +54,12 @@ def test_one_failed_job_hides_nothing_and_runs_again_when_its_cause_is_gone(run_
     missing = tmp_path / "later.jsonl"
     missing.write_text("not json\n")
     command = (
-        "train", "-m", f"data.path={data},{missing}", "data.validation=null", "name=two", *FAST,
+        "train",
+        "-m",
+        f"data.path={data},{missing}",
+        "data.validation=null",
+        "name=two",
+        *FAST,
     )
 
     first = run_llmkit(*command)
@@ -72,8 +79,15 @@ def test_one_failed_job_hides_nothing_and_runs_again_when_its_cause_is_gone(run_
 
 def test_ranges_globs_and_several_keys_make_the_jobs_hydra_makes(run_llmkit, tmp_path):
     done = run_llmkit(
-        "train", "-m", "lora.r=range(2,6,2)", "method=glob(lor*)", "training.learning_rate=1e-3,1e-2", "name=grid",
-        "launcher.max_parallel=2", "training.max_steps=1", "evaluation=off",
+        "train",
+        "-m",
+        "lora.r=range(2,6,2)",
+        "method=glob(lor*)",
+        "training.learning_rate=1e-3,1e-2",
+        "name=grid",
+        "launcher.max_parallel=2",
+        "training.max_steps=1",
+        "evaluation=off",
     )
 
     assert done.returncode == 0, done.stderr
@@ -93,7 +107,11 @@ def start(run_llmkit_cwd: Path, *arguments: str) -> subprocess.Popen:
     env = os.environ | {"PYTHONPATH": str(checkout)}
     return subprocess.Popen(
         [sys.executable, "-m", "llmkit.train", *arguments],
-        cwd=run_llmkit_cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=run_llmkit_cwd,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 

@@ -1,6 +1,6 @@
 """Runs of the real recipe in this process, so that a test pays for its steps and not for an import."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def compose() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def train(compose: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Run]]:
+def train(compose: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     """Train with the given overrides (default: 4 steps, no generated answers) and return the finished run."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -67,4 +67,4 @@ def train(compose: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory)
             result = sft.run(config, run_dir, RunConsole(), stop or StopRequest())
         return Run(run_dir, config, result)
 
-    yield run
+    return run

@@ -50,7 +50,10 @@ def test_freeze_moves_the_last_layers_and_nothing_else(train, base_weights):
 
 def test_freeze_by_pattern_embeddings_and_head(train, base_weights):
     run = train(
-        "method=freeze", "freeze.last_n_layers=0", r"freeze.patterns=['layers\.0\.mlp']", "freeze.head=true",
+        "method=freeze",
+        "freeze.last_n_layers=0",
+        r"freeze.patterns=['layers\.0\.mlp']",
+        "freeze.head=true",
         "freeze.embeddings=true",
     )
 
@@ -128,14 +131,24 @@ def test_modules_to_save_are_trained_in_full_and_travel_with_the_adapter(train, 
 
 def test_lora_options_reach_peft(train):
     run = train(
-        "lora.use_rslora=true", "lora.use_dora=true", "lora.layers_to_transform=[1]", "lora.lora_dropout=0.1",
-        "lora.init_lora_weights=gaussian", "lora.lora_alpha=5", "lora.bias=lora_only",
+        "lora.use_rslora=true",
+        "lora.use_dora=true",
+        "lora.layers_to_transform=[1]",
+        "lora.lora_dropout=0.1",
+        "lora.init_lora_weights=gaussian",
+        "lora.lora_alpha=5",
+        "lora.bias=lora_only",
     )
 
     adapter = json.loads((run.final / "adapter_config.json").read_text())
     expected = {
-        "use_rslora": True, "use_dora": True, "layers_to_transform": [1], "lora_dropout": 0.1,
-        "init_lora_weights": "gaussian", "lora_alpha": 5, "bias": "lora_only",
+        "use_rslora": True,
+        "use_dora": True,
+        "layers_to_transform": [1],
+        "lora_dropout": 0.1,
+        "init_lora_weights": "gaussian",
+        "lora_alpha": 5,
+        "bias": "lora_only",
     }
     assert {key: adapter[key] for key in expected} == expected
     assert {n.split("layers.")[1][0] for n in load_file(run.final / "adapter_model.safetensors")} == {"1"}

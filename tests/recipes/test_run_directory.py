@@ -87,7 +87,12 @@ def test_samples_and_plot_are_kept(finished):
 
 def test_final_best_holds_the_weights_of_the_best_evaluation(train, tmp_path):
     # A rate this high is best at its first evaluation and worse from then on.
-    overrides = ["training.learning_rate=0.02", "training.lr_scheduler_type=constant", "training.eval_steps=5", "seed=1"]
+    overrides = [
+        "training.learning_rate=0.02",
+        "training.lr_scheduler_type=constant",
+        "training.eval_steps=5",
+        "seed=1",
+    ]
     best = train(*overrides, "training.max_steps=40", "training.final=best")
     last = train(*overrides, "training.max_steps=40", "training.final=last")
 
@@ -131,6 +136,15 @@ def test_accumulating_small_batches_equals_one_large_batch(train):
     for left, right in zip(one.metrics(), many.metrics(), strict=True):
         for key in {"loss", "grad_norm", "eval_loss"} & left.keys():
             assert left[key] == pytest.approx(right[key], rel=1e-4), (left["step"], key)
+
+
+def test_the_evaluation_loss_is_the_mean_over_tokens_whatever_the_batch_size(train):
+    losses = [
+        train(f"training.per_device_eval_batch_size={size}", "training.max_steps=1").result["eval_loss"]
+        for size in (1, 7, 64)
+    ]
+
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(train):

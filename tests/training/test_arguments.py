@@ -14,9 +14,7 @@ from llmkit.training.arguments import deepspeed_dict, total_steps, training_argu
 
 
 def arguments(config: TrainConfig, precision: str = "fp32") -> dict:
-    return training_arguments(
-        config, output_dir=Path("out"), precision=KINDS[precision], device=torch.device("cpu")
-    )
+    return training_arguments(config, output_dir=Path("out"), precision=KINDS[precision], device=torch.device("cpu"))
 
 
 def test_every_training_setting_changes_what_the_trainer_is_given():
@@ -38,7 +36,9 @@ def test_every_training_setting_changes_what_the_trainer_is_given():
         assert arguments(changed) != before, field.name
 
 
-@pytest.mark.parametrize(("name", "flags"), [("bf16", (True, False)), ("fp16", (False, True)), ("bf16_pure", (False, False))])
+@pytest.mark.parametrize(
+    ("name", "flags"), [("bf16", (True, False)), ("fp16", (False, True)), ("bf16_pure", (False, False))]
+)
 def test_mixed_precision_switches_autocast_on_and_pure_does_not(name, flags):
     given = arguments(TrainConfig(), name)
 

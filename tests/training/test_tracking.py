@@ -42,7 +42,12 @@ def offline_run(tmp_path_factory):
     words += ["training.max_steps=4", "training.logging_steps=2", "evaluation.examples=2"]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "SOME_TOKEN": "hunter2"}
     done = subprocess.run(
-        [sys.executable, "-m", "llmkit.train", *words], cwd=directory, env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "llmkit.train", *words],
+        cwd=directory,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     run_dir = next((directory / "runs/alpha").glob("*/config.yaml")).parent

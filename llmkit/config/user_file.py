@@ -1,0 +1,75 @@
+"""A user's own YAML file, or a run's config.yaml, as overrides.
+
+They go in front of those on the command line, so that one path checks and explains both.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from llmkit.config.grammar import split_override, to_grammar
+from llmkit.config.registration import group_names
+from llmkit.config.schema import METHOD_NODES, NODES_OF_METHOD
+from llmkit.errors import ConfigError
+
+
+def file_overrides(path: Path) -> list[str]:
+    """The keys of a YAML file as overrides, choices of groups first; derived keys are left out, to be derived anew.
+
+    Raises ConfigError if the file is missing, is not YAML or is not a mapping.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if not path.is_file():
+        raise ConfigError(f"The config file {path} does not exist.")
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(loaded, dict) or not loaded:
+        raise ConfigError(f"{path} holds no KEY: VALUE lines; write for example `model: mistral7b`.")
+    content: dict[str, Any] = {str(key): value for key, value in loaded.items()}
+    derived = set(content.pop("derived", None) or [])
+    choices, values = [], []
+    for key, value in content.items():
+        if value is None and (key in group_names() or key in METHOD_NODES):
+            continue
+        if key in group_names():
+            option = value.get("name") if isinstance(value, dict) else value
+            if isinstance(option, bool):  # YAML reads a bare `off` as false
+                option = "on" if option else "off"
+            if option is not None and f"{key}.name" not in derived:
+                choices.append(f"{key}={option}")
+        if isinstance(value, dict):
+            values += _leaves(f"{key}.", value, derived)
+        elif key not in group_names():
+            values.append(f"{key}={to_grammar(value)}")
+    return choices + values
+
+
+def _leaves(prefix: str, node: dict[str, Any], derived: set[str]) -> list[str]:
+    leaves = []
+    for key, value in node.items():
+        dotted = f"{prefix}{key}"
+        if dotted in derived or (key == "name" and prefix[:-1] in group_names()):
+            continue
+        if isinstance(value, dict) and dotted != "hardware.env":
+            leaves += _leaves(f"{dotted}.", value, derived)
+        else:
+            leaves.append(f"{dotted}={to_grammar(value)}")
+    return leaves
+
+
+def give_way(overrides: list[str], later: list[str]) -> list[str]:
+    """`overrides` without what choices of groups among the `later` ones replace as a whole.
+
+    `model=phi2` on the command line takes the place of all a file says of its model, `method=full` of its `lora`.
+    """
+    chosen = {key: value for key, value in map(split_override, later) if key in group_names()}
+    replaced = set(chosen)
+    if "method" in chosen:
+        methods = chosen["method"].split(",")
+        kept = {node for method in methods for node in NODES_OF_METHOD.get(method, METHOD_NODES)}
+        replaced |= METHOD_NODES.keys() - kept
+    return [override for override in overrides if split_override(override)[0].split(".")[0] not in replaced]

@@ -116,8 +116,9 @@ def hide_unused_libraries(config: TrainConfig) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Telemetry off (TRL and the hub send it by default), and notes that are not for users off the terminal."""
+    """Telemetry off (TRL, the hub and W&B send it by default), and notes that are not for users off the terminal."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -2,12 +2,15 @@
 
 import dataclasses
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llmkit.config.schema import TrainConfig
 from llmkit.training.generation import Answer
+
+CONNECT_SECONDS = 20  # how long a run waits for W&B before it goes on offline
 
 
 class NoTracker:
@@ -32,9 +35,24 @@ class WandbTracker(NoTracker):
         import wandb
 
         self._wandb = wandb
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        try:
+            self._run = self._start(config, run_dir, mode)
+        except wandb.errors.Error as error:
+            if mode == "offline":
+                raise
+            reason = str(error).splitlines()[0]
+            print(f"warning: W&B cannot be reached ({reason}); the run is kept offline.", file=sys.stderr, flush=True)
+            self._run = self._start(config, run_dir, "offline")
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        self._table: list[list[Any]] = []
+        folder = Path(self._run.dir).parent
+        self.where = self._run.url or f"offline in {folder}; upload it with: wandb sync {folder}"
+
+    def _start(self, config: TrainConfig, run_dir: Path, mode: Any) -> Any:
         tracking = config.tracking
-        mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
-        self._run = wandb.init(
+        return self._wandb.init(
             project=tracking.project,
             entity=tracking.entity,
             group=tracking.group,
@@ -43,13 +61,13 @@ class WandbTracker(NoTracker):
             config=dataclasses.asdict(config),
             dir=str(run_dir),
             mode=mode,
-            settings=wandb.Settings(silent=True, console="off", x_disable_machine_info=True, disable_git=True),
-        )
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-        self._table: list[list[Any]] = []
-        self.where = (
-            self._run.url or f"offline in {self._run.dir}; upload it with: wandb sync {Path(self._run.dir).parent}"
+            settings=self._wandb.Settings(
+                silent=True,
+                console="off",
+                x_disable_machine_info=True,
+                disable_git=True,
+                init_timeout=CONNECT_SECONDS,
+            ),
         )
 
     def log(self, record: dict[str, Any]) -> None:

@@ -90,7 +90,7 @@ class RunMixin:
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The loss is the mean over all learnt tokens.
 
-        Upstream averages the means of batches, so that its evaluation loss depends on the batch size (transformers 5.19).
+        Upstream averages the means of batches, so its evaluation loss depends on the batch size (transformers 5.19).
         """
         self._evaluated = torch.zeros(2, device=self.args.device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]

@@ -105,3 +105,14 @@ def test_the_resolved_config_is_uploaded_without_secrets(offline_run):
     assert uploaded["precision"]["name"] == "fp32"
     everything = b"".join(path.read_bytes() for path in run_dir.rglob("*") if path.is_file())
     assert b"hunter2" not in everything
+
+
+def test_a_tracker_that_cannot_be_reached_does_not_hold_up_the_run(run_llmkit, tmp_path):
+    nowhere = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+
+    done = run_llmkit("train", "tracking=wandb", "name=alpha", "training.max_steps=1", "evaluation=off", env=nowhere)
+
+    assert done.returncode == 0, done.stderr
+    assert "W&B cannot be reached" in done.stderr
+    assert list((tmp_path / "runs/alpha/wandb").glob("offline-run-*/run-*.wandb"))
+    assert "a" * 40 not in done.stdout + done.stderr

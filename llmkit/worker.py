@@ -3,7 +3,10 @@
 No argv is re-executed and nothing is composed here: what runs is what `RUN_DIR/config.yaml` says.
 """
 
+import atexit
+import contextlib
 import ctypes
+import gc
 import importlib
 import logging
 import os
@@ -11,6 +14,7 @@ import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from llmkit import rundir
 from llmkit.cli import print_error
 from llmkit.config import TrainConfig, load
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError, LlmkitError
+from llmkit.training.stopping import StopRequest
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -44,16 +49,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(config: TrainConfig, run_dir: Path) -> int:
-    from llmkit.training.console import RunConsole
-    from llmkit.training.stopping import StopRequest
-
-    stop, console = StopRequest().watch(), RunConsole()
+    stop = StopRequest().watch()
     try:
-        recipe = importlib.import_module(f"llmkit.recipes.{config.recipe}")
-        result = recipe.run(config, run_dir, console, stop)
+        with _no_garbage_collection():
+            from llmkit.training.console import RunConsole
+
+            recipe = importlib.import_module(f"llmkit.recipes.{config.recipe}")
+        result = recipe.run(config, run_dir, RunConsole(), stop)
     except Exception as error:
         message = _explain(error)
-        console.end()
         rundir.write_json(run_dir / rundir.RESULT, _failure(config, message))
         if isinstance(error, LlmkitError):
             print_error(error)
@@ -63,6 +67,21 @@ def _run(config: TrainConfig, run_dir: Path) -> int:
         return EXIT_FAILED
     rundir.write_json(run_dir / rundir.RESULT, result)
     return EXIT_DONE if result["status"] == "completed" else EXIT_PREEMPTED
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Keep the collector from walking what imports make, again and again: a second of every start.
+
+    What is there afterwards stays for good, so it is left out of later collections too.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+    atexit.register(gc.unfreeze)  # else libraries in C++ report their objects as leaks at exit
 
 
 def _failure(config: TrainConfig, message: str) -> dict[str, Any]:
@@ -107,6 +126,9 @@ def hide_unused_libraries(config: TrainConfig) -> None:
         "wandb": tracking.name == "wandb" or "wandb" in tracking.report_to,
         "deepspeed": config.deepspeed.stage > 0,
         "mlflow": "mlflow" in tracking.report_to,
+        # With it, Transformers 5.19 takes another tokenizer, with another template, for models that have a tekken.json:
+        # what is trained must not depend on whether vLLM, which brings it, is installed.
+        "mistral_common": False,
         "vllm": False,
         "ray": False,
     }

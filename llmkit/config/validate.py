@@ -110,8 +110,13 @@ def _data_problems(config: TrainConfig) -> list[str]:
     problems = []
     if not (data.path or data.hub_id):
         problems.append(f"data={data.name}: say where the rows are, with data.path=FILE.")
-    if data.path and data.path != "demo" and not Path(data.path).exists():
-        problems.append(f"data.path={data.path}: does not exist (seen from {Path.cwd()}).{_near_file(data.path)}")
+    if data.path and data.path != "demo":
+        path = Path(data.path)
+        if not path.exists():
+            problems.append(f"data.path={data.path}: does not exist (seen from {Path.cwd()}).{_near_file(data.path)}")
+        elif path.is_dir() and not (path / "train.jsonl").is_file():
+            found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+            problems.append(f"data.path={data.path}: the directory has no train.jsonl (it holds: {found}).")
     held_out = data.validation
     if isinstance(held_out, bool | list | dict) or (isinstance(held_out, int | float) and not 0 < held_out < 1):
         problems.append(f"data.validation={held_out}: a share between 0 and 1, a file, or null.")

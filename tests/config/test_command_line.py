@@ -150,6 +150,7 @@ def test_a_model_directory_alone_takes_the_place_of_the_tiny_model(compose, here
 
 
 def test_a_path_belongs_to_the_group_that_was_chosen(compose, here):
+    (here / "train.jsonl").touch()
     assert compose("data=gsm8k", f"data.path={here}").data.format == "question_answer"
 
 
@@ -160,6 +161,7 @@ def test_a_path_takes_the_place_of_the_demo_under_an_experiment_that_leaves_the_
 def test_a_path_belongs_to_the_data_that_an_experiment_chooses(compose, here):
     own = here / "own" / "experiment"
     own.mkdir(parents=True)
+    (here / "train.jsonl").touch()
     (own / "maths.yaml").write_text("# @package _global_\ndefaults:\n  - override /data: gsm8k\n")
     config = compose("--config-dir", here / "own", "experiment=maths", f"data.path={here}")
 

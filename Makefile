@@ -31,8 +31,6 @@ help:  ## list the targets
 demo: machine $(STAMPS)/llmkit  ## install what training needs, then run the demo: fine-tune a tiny model
 	$(PY) -m llmkit.train
 
-# Idle OpenMP threads spin by default: two trainings side by side on two cores then take ten times as long as one.
-test: export OMP_WAIT_POLICY = passive
 test: machine dev deepspeed $(STAMPS)/serve-$(ACCELERATOR)  ## install everything, run all tests
 	$(PY) -m pytest -n $(WORKERS) --dist loadscope tests
 

@@ -12,6 +12,10 @@ import hydra
 import pytest
 from hydra.plugins.launcher import Launcher
 
+# Read when torch is loaded, here and in children. Idle OpenMP threads spin by default: two test processes that train
+# side by side on two cores then take ten times as long as one.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 CHECKOUT = Path(__file__).parents[1]
 KEYS = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT")
 

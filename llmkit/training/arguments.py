@@ -47,6 +47,7 @@ def training_arguments(
         "gradient_checkpointing": training.gradient_checkpointing,
         "logging_steps": training.logging_steps,
         "logging_first_step": True,
+        "include_num_input_tokens_seen": "non_padding",  # kept in checkpoints, unlike TRL's own count
         "logging_nan_inf_filter": False,  # a loss that is not finite stops the run; it is never averaged away
         "eval_strategy": "no" if config.data.validation is None else "steps",
         "eval_steps": None if config.data.validation is None else training.eval_steps,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from llmkit.data.formats import Message
 from llmkit.errors import NonFiniteError
 from llmkit.training.console import RunConsole
 from llmkit.training.generation import AnswerGenerator
-from llmkit.training.metrics import MetricsFile
+from llmkit.training.metrics import MetricsFile, keep_through
 from llmkit.training.stopping import StopRequest
 from llmkit.training.tracking import NoTracker
 
@@ -41,6 +42,8 @@ class Reporting(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._step_ended = time.monotonic()
         self.console.step(state.global_step)
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last steps count too
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._interrupted = True
@@ -68,9 +71,12 @@ class Samples(TrainerCallback):
         run_dir: Path,
         console: RunConsole,
         tracker: NoTracker,
+        *,
+        keep_through_step: int | None,
     ):
         self.generator, self.prompts, self.console, self.tracker = generator, prompts, console, tracker
         self.path = run_dir / rundir.SAMPLES
+        keep_through(self.path, keep_through_step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not self.prompts:
@@ -87,9 +93,14 @@ class Samples(TrainerCallback):
 class BestWeights(TrainerCallback):
     """Keeps the trained parameters of the best evaluation on disk, and puts them back at the end."""
 
-    def __init__(self, model: nn.Module, run_dir: Path):
+    def __init__(self, model: nn.Module, run_dir: Path, *, keep_through_step: int | None):
         self.model, self.path = model, run_dir / ".best.safetensors"
         self.best, self.step = math.inf, 0
+        if keep_through_step is not None and self.path.exists():
+            with safe_open(self.path, framework="pt") as saved:
+                about = saved.metadata()
+            if int(about["step"]) <= keep_through_step:  # a later one will be measured again
+                self.best, self.step = float(about["eval_loss"]), int(about["step"])
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
@@ -98,7 +109,9 @@ class BestWeights(TrainerCallback):
         if state.global_step and loss < self.best:
             self.best, self.step = loss, state.global_step
             trained = {n: p.detach().cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
-            save_file(trained, self.path)
+            partial = self.path.with_suffix(".partial")
+            save_file(trained, partial, metadata={"eval_loss": repr(self.best), "step": str(self.step)})
+            os.replace(partial, self.path)
 
     def restore(self) -> int:
         """Load the best weights into the model; returns their step, or 0 if there was no evaluation."""

@@ -8,33 +8,33 @@ from typing import Any
 from llmkit import rundir
 
 # Upstream's names -> ours; what is not here keeps its name.
-RENAMED = {"num_tokens": "tokens", "eval_runtime": "eval_seconds"}
-DROPPED = ("eval_samples_per_second", "eval_steps_per_second", "eval_num_tokens", "total_flos")
-# Trainer's summary at the end, which goes into result.json.
-SUMMARY = ("train_runtime", "train_loss")
+RENAMED = {"num_input_tokens_seen": "tokens", "eval_runtime": "eval_seconds"}
+DROPPED = {"eval_samples_per_second", "eval_steps_per_second", "eval_num_tokens", "num_tokens", "epoch", "total_flos"}
+DROPPED |= {"train_runtime", "train_tokens_per_second"}  # over the whole session; ours are since the last record
 
 
 class MetricsFile:
     """Appends records; a run that goes on from a checkpoint drops those after it, so that each step is there once."""
 
     def __init__(self, run_dir: Path, *, keep_through_step: int | None = None):
-        self.path = run_dir / rundir.METRICS
-        kept = []
-        if keep_through_step is not None:
-            kept = [record for record in read_metrics(run_dir) if record["step"] <= keep_through_step]
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        self._file = self.path.open("a", encoding="utf-8", buffering=1)
-        self._last = (time.monotonic(), next((r["tokens"] for r in reversed(kept) if "tokens" in r), 0))
+        path = run_dir / rundir.METRICS
+        keep_through(path, keep_through_step)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._last = (time.monotonic(), last_tokens(read_metrics(run_dir)))
 
     def append(self, logs: dict[str, Any], *, step: int, epoch: float | None) -> dict[str, Any] | None:
-        """Write one record from Trainer's logs, with tokens per second since the last; returns it (None: a summary)."""
-        if any(key in logs for key in SUMMARY):
+        """Write one record from Trainer's logs, with tokens per second since the last, and return it.
+
+        None for Trainer's summary at its end, which has nothing new.
+        """
+        if "train_loss" in logs:
             return None
         record: dict[str, Any] = {"step": step, "epoch": epoch and round(epoch, 4)}
-        record |= {RENAMED.get(key, key): value for key, value in logs.items() if key not in (*DROPPED, "epoch")}
-        if "loss" in record and "tokens" in record:
+        record |= {RENAMED.get(key, key): value for key, value in logs.items() if key not in DROPPED}
+        if "loss" not in record:
+            record.pop("tokens", None)
+        if "tokens" in record:
             then, tokens = self._last
-            record["tokens"] = int(record["tokens"])
             record["tokens_per_second"] = round((record["tokens"] - tokens) / (time.monotonic() - then), 1)
             self._last = (time.monotonic(), record["tokens"])
         self._file.write(json.dumps(record) + "\n")
@@ -54,7 +54,11 @@ class MetricsFile:
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """All records of a run; a line cut off by a kill is left out."""
-    path = run_dir / rundir.METRICS
+    return read_records(run_dir / rundir.METRICS)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file of ours, in order; none if there is no file."""
     if not path.exists():
         return []
     records = []
@@ -64,6 +68,26 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return records
+
+
+def last_tokens(records: list[dict[str, Any]]) -> int:
+    """Tokens trained on so far."""
+    return next((record["tokens"] for record in reversed(records) if "tokens" in record), 0)
+
+
+def mean_loss(records: list[dict[str, Any]]) -> float | None:
+    """The mean training loss over all steps: a record's loss is the mean since the one before."""
+    total, step = 0.0, 0
+    for record in records:
+        if "loss" in record:
+            total, step = total + record["loss"] * (record["step"] - step), record["step"]
+    return total / step if step else None
+
+
+def keep_through(path: Path, step: int | None) -> None:
+    """Drop the records after `step` from a JSON Lines file; all of them, if it is None."""
+    kept = [record for record in read_records(path) if step is not None and record["step"] <= step]
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
 
 
 def draw_losses(run_dir: Path) -> Path | None:

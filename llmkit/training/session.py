@@ -21,7 +21,7 @@ from llmkit.training.console import RunConsole
 from llmkit.training.delivery import base_model, model_card, save_final, serve_command
 from llmkit.training.facts import device_name
 from llmkit.training.generation import AnswerGenerator, exact_match
-from llmkit.training.metrics import MetricsFile, draw_losses, read_metrics
+from llmkit.training.metrics import MetricsFile, draw_losses, last_tokens, mean_loss, read_metrics
 from llmkit.training.stopping import StopRequest
 from llmkit.training.tracking import start_tracker
 from llmkit.training.versions import versions
@@ -55,17 +55,19 @@ class Session:
         earlier = [r for r in read_metrics(run_dir) if r["step"] == 0] if self.checkpoint else []
         self.base: dict[str, float] = {k: r[k] for r in earlier for k in FIGURES if k in r}
         self.figures: dict[str, float] = {}
-        self.train_loss: float | None = None
+        self.stopped = False  # before the last step
         self.metrics = MetricsFile(run_dir, keep_through_step=step)
+        (run_dir / rundir.NON_FINITE_BATCH).unlink(missing_ok=True)
         self.tracker = start_tracker(config, run_dir)
         self.generator = AnswerGenerator(trainer.model, tokenizer, max_new_tokens=config.evaluation.max_new_tokens)
         prompts = questions(data.validation or data.train)[: config.evaluation.samples]
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Reporting(self.metrics, console, self.tracker))
-        trainer.add_callback(Samples(self.generator, prompts, run_dir, console, self.tracker))
+        trainer.add_callback(Samples(self.generator, prompts, run_dir, console, self.tracker, keep_through_step=step))
         trainer.add_callback(StopAtStepEnd(stop))
-        self.best = BestWeights(trainer.model, run_dir) if config.training.final == "best" and data.validation else None
-        if self.best:
+        self.best: BestWeights | None = None
+        if config.training.final == "best" and data.validation:
+            self.best = BestWeights(trainer.model, run_dir, keep_through_step=step)
             trainer.add_callback(self.best)
         if self.tracker.where:
             console.fact("tracking", self.tracker.where)
@@ -79,7 +81,7 @@ class Session:
         self.console.end()
         self.metrics.close()
         plot = draw_losses(self.run_dir)
-        summary = {**self.figures, "train_loss": self.train_loss}
+        summary = {**self.figures, "train_loss": mean_loss(read_metrics(self.run_dir))}
         self.tracker.finish(plots=[plot] if plot else [], summary=summary, failed=kind is not None)
 
     def measure_base(self) -> None:
@@ -93,13 +95,13 @@ class Session:
         """Train to the end, or to the step at which a stop was asked for."""
         if self.checkpoint:
             self.console.fact("resume", f"from {self.checkpoint}")
-        output = self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
         self.console.end()
-        self.train_loss = output.training_loss
+        self.stopped = self.stop.signal is not None and self.trainer.state.global_step < self.trainer.state.max_steps
 
     def measure_result(self) -> None:
         """The same figures for what will be delivered: the last weights or the best."""
-        if self.stop.signal:
+        if self.stopped:
             return
         if self.best and (step := self.best.restore()):
             self.console.fact("final", f"the weights of step {step}, the best evaluation")
@@ -109,13 +111,13 @@ class Session:
     def deliver(self) -> dict[str, Any]:
         """Write `final/` and return the contents of result.json."""
         result = self._result()
-        if self.stop.signal:
+        if self.stopped:
             self.console.fact(
                 "stopped", f"by {self.stop.signal} at step {result['steps']}, saved; the same command goes on"
             )
             return result
         shutil.rmtree(Path(self.trainer.args.output_dir), ignore_errors=True)
-        card = model_card(self.config, {"train_loss": self.train_loss} | self.figures)
+        card = model_card(self.config, {"train_loss": result["train_loss"]} | self.figures)
         final = save_final(self.trainer.model, self.tokenizer, self.config, self.run_dir, card)
         self.console.fact("final", f"{final}")
         self.console.fact("repeat", f"llmkit train {self.run_dir / rundir.CONFIG}")
@@ -166,21 +168,22 @@ class Session:
         config, state, seconds = self.config, self.trainer.state, time.monotonic() - self.began
         records = read_metrics(self.run_dir)
         rates = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
-        figures = self.figures | {"train_loss": self.train_loss}
+        train_loss = mean_loss(records)
+        figures = {**self.figures, "train_loss": train_loss}
         devices = config.hardware.num_processes * config.hardware.num_nodes
         price = config.hardware.price_per_hour
         return {
-            "status": "preempted" if self.stop.signal else "completed",
+            "status": "preempted" if self.stopped else "completed",
             "error": None,
             "steps": state.global_step,
-            "train_loss": self.train_loss,
+            "train_loss": train_loss,
             "eval_loss": figures.get("eval_loss"),
             "exact_match": figures.get("exact_match"),
             "train_exact_match": figures.get("train_exact_match"),
             "objective": figures.get(self._objective()),
             "objective_name": self._objective(),
             "base": self.base,
-            "tokens": max((record.get("tokens", 0) for record in records), default=0),
+            "tokens": last_tokens(records),
             "tokens_per_second": sorted(rates)[len(rates) // 2] if rates else None,
             "peak_memory_bytes": peak_memory(self.trainer.args.device),
             "seconds": round(seconds, 2),
@@ -190,7 +193,7 @@ class Session:
             "base_model": base_model(config),
             "final_is": "best" if self.best else "last",
             "method": config.method.name,
-            "model_dir": None if self.stop.signal else rundir.FINAL,
+            "model_dir": None if self.stopped else rundir.FINAL,
             "dataset_fingerprint": self.data.fingerprint,
             "versions": versions(),
         }

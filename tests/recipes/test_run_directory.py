@@ -180,6 +180,34 @@ def test_training_stops_at_the_first_non_finite_value_and_keeps_the_batch(train,
     assert not (run_dir / "final").exists()
 
 
+def test_a_stop_asked_for_when_the_last_step_is_done_loses_nothing(train, monkeypatch):
+    from llmkit.training.session import Session
+    from llmkit.training.stopping import StopRequest
+
+    stop = StopRequest()
+    train_all = Session.train
+
+    def train_then_ask(session):
+        train_all(session)
+        stop.signal = "SIGTERM"
+
+    monkeypatch.setattr(Session, "train", train_then_ask)
+    run = train(stop=stop)
+
+    assert run.result["status"] == "completed"
+    assert (run.final / "adapter_model.safetensors").exists()
+
+
+def test_the_training_loss_is_the_mean_over_all_steps(train):
+    every = train("training.max_steps=7", "training.logging_steps=1")
+    some = train("training.max_steps=7", "training.logging_steps=5")
+
+    losses = [record["loss"] for record in every.metrics() if "loss" in record]
+    assert every.result["train_loss"] == pytest.approx(sum(losses) / 7)
+    assert [record["step"] for record in some.metrics() if "loss" in record] == [1, 5, 7]
+    assert some.result["train_loss"] == pytest.approx(every.result["train_loss"], rel=1e-5)
+
+
 def test_a_stopped_run_saves_its_step_and_the_same_config_goes_on_from_it(train, tmp_path):
     from llmkit.training.stopping import StopRequest
 
@@ -207,5 +235,7 @@ def test_a_stopped_run_saves_its_step_and_the_same_config_goes_on_from_it(train,
 
     assert resumed.result["status"] == "completed"
     assert [r["step"] for r in resumed.metrics() if "loss" in r] == list(range(1, 9))
+    for key in ("train_loss", "eval_loss", "tokens"):
+        assert resumed.result[key] == straight.result[key], key
     ours, theirs = (load_file(run.final / "adapter_model.safetensors") for run in (resumed, straight))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +16,9 @@ from hydra.plugins.launcher import Launcher
 # Read when torch is loaded, here and in children. Idle OpenMP threads spin by default: two test processes that train
 # side by side on two cores then take ten times as long as one.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read when huggingface_hub is imported, which test modules do before any fixture runs.
+HUGGING_FACE = tempfile.TemporaryDirectory(prefix="llmkit-tests-")
+os.environ |= {"HF_HOME": HUGGING_FACE.name, "HF_HUB_OFFLINE": "1"}
 
 CHECKOUT = Path(__file__).parents[1]
 KEYS = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT")
@@ -28,8 +32,6 @@ def closed_world(tmp_path_factory: pytest.TempPathFactory):
         for key in KEYS:
             patch.delenv(key, raising=False)
         patch.setenv("LLMKIT_CACHE", str(home / "llmkit"))
-        patch.setenv("HF_HOME", str(home / "huggingface"))
-        patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("WANDB_DIR", str(home))
         patch.setenv("WANDB_CONFIG_DIR", str(home / "wandb"))
         patch.setenv("WANDB_CACHE_DIR", str(home / "wandb"))

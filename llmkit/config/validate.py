@@ -13,6 +13,9 @@ from llmkit.config.schema import METHOD_NODES, NODES_OF_METHOD, LoraConfig, Qlor
 from llmkit.config.setting import is_legal, legal_values
 from llmkit.errors import ConfigError, did_you_mean
 
+# Initialisations of PEFT that move part of the base into the adapter.
+CHANGE_THE_BASE = ("pissa", "olora")
+
 
 def validate(config: TrainConfig) -> None:
     """Raise one ConfigError that lists every problem of `config`."""
@@ -54,6 +57,11 @@ def warnings(config: TrainConfig) -> list[str]:
         found.append("training.final=best has no effect without data.validation: the last weights are kept.")
     if config.tracking.name == "none" and (config.tracking.tags or config.tracking.entity or config.tracking.group):
         found.append("tracking.tags, entity and group have no effect with tracking=none; choose tracking=wandb.")
+    if config.lora is not None and config.lora.init_lora_weights in CHANGE_THE_BASE:
+        found.append(
+            f"lora.init_lora_weights={config.lora.init_lora_weights} changes the base's weights too: the adapter is right "
+            "only where PEFT loads it, which changes them again. Merge it before serving with anything else."
+        )
     if config.qlora is not None and config.qlora.bits == 8:
         for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
             if getattr(config.qlora, key) != getattr(QloraConfig(), key):

@@ -8,6 +8,7 @@ from llmkit.errors import DataError
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
+UNSUPPORTED = ("tool_calls", "reasoning_content")  # keys of a turn that a template would write out
 
 
 def to_messages(rows: list[Row], layout: str) -> list[list[Message]]:
@@ -17,7 +18,11 @@ def to_messages(rows: list[Row], layout: str) -> list[list[Message]]:
     """
     name = detect_format(rows[0]) if layout == "auto" else layout
     convert = FORMATS[name][1]
-    return [convert(row) for row in rows]
+    conversations = [convert(row) for row in rows]
+    for row, messages in zip(rows, conversations, strict=True):
+        if messages[0]["role"] == "assistant":
+            raise DataError(f"{row.place()}: a conversation begins with a user or system turn, not with an answer.")
+    return conversations
 
 
 def detect_format(row: Row) -> str:
@@ -40,6 +45,11 @@ def _from_messages(row: Row) -> list[Message]:
             raise DataError(f"{row.place()}: role '{message['role']}' is not one of {', '.join(ROLES)}.")
         if not isinstance(message["content"], str):
             raise DataError(f"{row.place()}: 'content' must be text, found {_short(message['content'])}.")
+        for key in UNSUPPORTED:
+            if message.get(key):
+                raise DataError(
+                    f"{row.place()}: a turn has '{key}', which llmkit does not train on yet; it would be lost."
+                )
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 

@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from llmkit.config.schema import DataConfig
 from llmkit.data.formats import Message, to_messages
-from llmkit.data.masks import answer_spans, render
+from llmkit.data.masks import Span, answer_spans, render
 from llmkit.data.sources import Row, read_training_rows, read_validation_rows
 from llmkit.errors import DataError
 
 IGNORED = -100  # the label that PyTorch's cross entropy skips
+TOKENIZED_AT_ONCE = 1000  # rows; their offsets are Python objects, many times the size of the ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class Split:
     supervised_tokens: int
     longest: int
     dropped: dict[str, int]
-    end_tokens: frozenset[int]  # the token each answer ends with
+    end_tokens: frozenset[int]  # the tokens that answers end with
 
     def __len__(self) -> int:
         return len(self.messages)
@@ -87,7 +88,12 @@ def _content_hash(conversation: list[Message]) -> int:
 
 
 def tokenize(
-    rows: list[Row], messages: list[list[Message]], tokenizer: PreTrainedTokenizerBase, data: DataConfig, *, max_length: int
+    rows: list[Row],
+    messages: list[list[Message]],
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataConfig,
+    *,
+    max_length: int,
 ) -> Split:
     """Token ids of each rendered conversation; labels are the ids inside answers and IGNORED elsewhere."""
     texts, spans = [], []
@@ -100,21 +106,26 @@ def tokenize(
         except Exception as error:  # a template raises what it likes (jinja2.TemplateError, KeyError, ...)
             raise DataError(f"{row.place()}: the chat template refuses it: {error}") from error
         texts.append(text)
-    # The template writes the special tokens; the tokenizer must not add its own a second time.
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
-    ids = [np.asarray(row_ids, dtype=np.int32) for row_ids in encoded["input_ids"]]
-    labels = [
-        _labels(row_ids, np.asarray(offsets, dtype=np.int64).reshape(-1, 2), row_spans)
-        for row_ids, offsets, row_spans in zip(ids, encoded["offset_mapping"], spans, strict=True)
-    ]
+    ids: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    for start in range(0, len(texts), TOKENIZED_AT_ONCE):
+        part = slice(start, start + TOKENIZED_AT_ONCE)
+        # The template writes the special tokens; the tokenizer must not add its own a second time.
+        encoded = tokenizer(texts[part], add_special_tokens=False, return_offsets_mapping=True)
+        for row_ids, offsets, row_spans in zip(
+            encoded["input_ids"], encoded["offset_mapping"], spans[part], strict=True
+        ):
+            ids.append(np.asarray(row_ids, dtype=np.int32))
+            labels.append(_labels(ids[-1], np.asarray(offsets, dtype=np.int64).reshape(-1, 2), row_spans))
     lengths = np.array([len(row_ids) for row_ids in ids])
     supervised = np.array([(row_labels != IGNORED).sum() for row_labels in labels])
     overlong, empty = lengths > max_length, supervised == 0
     if overlong.any() and data.on_overlong == "error":
-        first = rows[int(overlong.argmax())]
+        first = int(overlong.argmax())
         raise DataError(
-            f"{overlong.sum():,} of {len(rows):,} rows exceed {max_length:,} tokens (the first: {first.place()}): "
-            f"data.max_length={lengths.max()} takes them all, data.on_overlong=drop leaves them out."
+            f"{overlong.sum():,} of {len(rows):,} rows exceed {max_length:,} tokens (the first: "
+            f"{rows[first].place()}): data.max_length={lengths.max()} takes them all, data.on_overlong=drop leaves "
+            "them out."
         )
     if empty.any() and data.on_empty == "error":
         first = int(empty.argmax())
@@ -124,7 +135,7 @@ def tokenize(
         )
     keep = np.flatnonzero(~overlong & ~empty)
     if not len(keep):
-        raise DataError(f"{rows[0].source}: all {len(rows):,} rows are dropped; nothing is left to train on.")
+        raise DataError(f"{rows[0].source}: all {len(rows):,} rows are dropped; nothing is left.")
     ids, labels = [ids[i] for i in keep], [labels[i] for i in keep]
     return Split(
         dataset=datasets.Dataset(pa.table({"input_ids": _arrow_lists(ids), "labels": _arrow_lists(labels)})),
@@ -133,22 +144,29 @@ def tokenize(
         supervised_tokens=int(supervised[keep].sum()),
         longest=int(lengths[keep].max()),
         dropped={"overlong": int(overlong.sum()), "empty": int((empty & ~overlong).sum())},
-        end_tokens=frozenset(int(row_labels[row_labels != IGNORED][-1]) for row_labels in labels),
+        end_tokens=frozenset(int(token) for row_labels in labels for token in _last_of_each_answer(row_labels)),
     )
 
 
-def _labels(ids: np.ndarray, offsets: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
+def _labels(ids: np.ndarray, offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
     """A token is learnt if it begins inside an answer; one that the template glued to the prompt is not."""
-    labels = np.full_like(ids, IGNORED)
+    # Some byte-level tokenizers (Llama 3) leave leading spaces out of a token's offsets, and a token of spaces is left
+    # with nothing: it really begins where the token before it ends.
+    begins = np.minimum(offsets[:, 0], np.append(0, offsets[:, 1])[: len(offsets)])
+    learnt = np.zeros(len(ids), dtype=bool)
     for start, end in spans:
-        inside = (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])
-        labels[inside] = ids[inside]
-    return labels
+        learnt |= (begins >= start) & (begins < end)
+    return np.where(learnt, ids, np.int32(IGNORED))
+
+
+def _last_of_each_answer(labels: np.ndarray) -> np.ndarray:
+    learnt = labels != IGNORED
+    return labels[learnt & ~np.append(learnt[1:], False)]
 
 
 def _arrow_lists(arrays: list[np.ndarray]) -> pa.ListArray:
-    offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int32)
-    return pa.ListArray.from_arrays(offsets, np.concatenate(arrays))
+    offsets = np.append(0, np.cumsum([len(array) for array in arrays]))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), np.concatenate(arrays))
 
 
 def _fingerprint(*splits: Split | None) -> str:

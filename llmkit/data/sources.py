@@ -1,9 +1,11 @@
 """Where rows come from: a JSON Lines file, a directory of them, the hub, or the shipped demo."""
 
+import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ class Row:
 
 def read_training_rows(data: DataConfig) -> list[Row]:
     """The rows to train on, `data.limit` applied. Raises DataError for a file that is missing, empty or broken."""
-    rows = _limited(_training_rows(data), data.limit)
+    rows = list(islice(_training_rows(data), data.limit))
     if not rows:
         raise DataError(f"{data.path or data.hub_id}: holds no rows.")
     return rows
@@ -56,39 +58,43 @@ def _training_rows(data: DataConfig) -> Iterator[Row]:
     return read_jsonl(path)
 
 
-def _limited(rows: Iterator[Row], limit: int | None) -> list[Row]:
-    return [row for _, row in zip(range(limit), rows, strict=False)] if limit else list(rows)
-
-
 def shipped_demo(split: str) -> Path:
     """The demo's file for `train` or `validation`."""
     return Path(str(resources.files("llmkit.data") / "demo" / f"{split}.jsonl"))
 
 
 def read_jsonl(path: Path) -> Iterator[Row]:
-    """The objects of a JSON Lines file. Raises DataError with file and line for anything else."""
-    if not path.is_file():
-        raise DataError(f"{path}: does not exist.")
-    with path.open(encoding="utf-8") as lines:
-        number = 0
-        try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield Row(_parse(line, path, number), str(path), number)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}, line {number + 1}: not UTF-8 text ({error.reason}).") from error
-
-
-def _parse(line: str, path: Path, number: int) -> dict[str, Any]:
+    """The objects of a JSON Lines file, without blank lines. Raises DataError with file and line for anything else."""
     try:
-        values = json.loads(line)
+        with path.open("rb") as lines:  # bytes: a text file is decoded in blocks, and the line at fault stays unknown
+            for number, line in enumerate(lines, start=1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if line.strip():
+                    yield Row(_parse(line, f"{path}, line {number}", first=number == 1), str(path), number)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: does not exist.") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+
+
+def _parse(line: bytes, place: str, *, first: bool) -> dict[str, Any]:
+    try:
+        text = line.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: not UTF-8 text ({error.reason} at byte {error.start + 1}).") from error
+    hint = " A JSON array is not JSON Lines: write one object a line." if first and text.startswith("[") else ""
+    try:
+        values = json.loads(text)
     except json.JSONDecodeError as error:
-        hint = " A JSON array is not JSON Lines: write one object a line." if number == 1 and line.strip() == "[" else ""
-        raise DataError(
-            f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}): {line.strip()[:200]}{hint}"
-        ) from error
+        raise DataError(f"{place}: not JSON ({error.msg} at column {error.colno}): {text[:200]}{hint}") from error
     if not isinstance(values, dict):
-        raise DataError(f"{path}, line {number}: a JSON object is expected, found: {line.strip()[:200]}")
+        raise DataError(f"{place}: a JSON object is expected, found: {text[:200]}{hint}")
+    if "\\u" in text:
+        try:
+            json.dumps(values, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(f"{place}: holds half a surrogate pair (\\ud800 to \\udfff), which is not text.") from error
     return values
 
 
@@ -100,8 +106,9 @@ def _hub_rows(data: DataConfig) -> Iterator[Row]:
         split = datasets.load_dataset(data.hub_id, data.hub_config, split="train")
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise ConfigError(
-            f"data.hub_id={data.hub_id}: not in the local cache and not to be had from the hub "
-            f"({str(error).strip().splitlines()[0]}). With a copy on disk: data.path=DIR."
+            f"data.hub_id={data.hub_id} cannot be loaded: {str(error).strip().splitlines()[0]} With a network: check "
+            "HF_ENDPOINT and HF_HUB_OFFLINE, and HF_TOKEN if it is gated or private. Without: copy it here and use "
+            "data.path=DIR."
         ) from error
     for number, values in enumerate(split):
         yield Row(values, str(data.hub_id), number)

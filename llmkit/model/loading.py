@@ -3,6 +3,7 @@
 Whatever goes wrong there ends in one message that says what to do.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,8 @@ def load_tokenizer(config: ModelConfig, chat_template: str) -> PreTrainedTokeniz
     """The tokenizer, with its padding token and the chat template that training, evaluation and serving share."""
     with _explained(config):
         tokenizer = AutoTokenizer.from_pretrained(model_source(config), **_hub_arguments(config))
+    if not tokenizer.is_fast:  # only these say which characters a token stands for, and so which tokens are answers
+        raise ConfigError(f"model={config.name}: {model_source(config)} has no fast tokenizer (tokenizer.json).")
     set_pad_token(tokenizer, config.pad_token)
     set_chat_template(tokenizer, chat_template)
     return tokenizer
@@ -62,6 +65,10 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase, choice: str) -> None:
     """
     if choice == "auto":
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            raise ConfigError(
+                "model.pad_token=auto: this tokenizer has no pad, unk or eos token; name one that it has."
+            )
     elif choice in ("unk", "bos", "eos"):
         token = getattr(tokenizer, f"{choice}_token")
         if token is None:
@@ -70,7 +77,9 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase, choice: str) -> None:
     elif choice in tokenizer.get_vocab():
         tokenizer.pad_token = choice
     else:
-        raise ConfigError(f"model.pad_token={choice}: not in the vocabulary; use auto, unk, bos, eos or an existing token.")
+        raise ConfigError(
+            f"model.pad_token={choice}: not in the vocabulary; use auto, unk, bos, eos or an existing token."
+        )
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> None:
@@ -86,6 +95,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> None:
             )
         return
     tokenizer.chat_template = read_template(choice)
+    if choice == "plain" and tokenizer.eos_token is None:
+        raise ConfigError("data.chat_template=plain: this tokenizer has no eos token to end answers with.")
     if choice == "chat-ml":
         missing = [token for token in ("<|im_start|>", "<|im_end|>") if token not in tokenizer.get_vocab()]
         if missing:
@@ -96,7 +107,12 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> None:
 
 
 def load_model(
-    config: ModelConfig, *, dtype: torch.dtype, device: torch.device, quantization: QloraConfig | None, precision: Precision
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: QloraConfig | None,
+    precision: Precision,
 ) -> PreTrainedModel:
     """The model on `device`, its weights in `dtype`, or quantized as asked. Only safetensors are read.
 
@@ -111,10 +127,13 @@ def load_model(
         arguments["device_map"] = {"": device}
     if config.path and not list(Path(config.path).glob("*.safetensors")):
         raise ConfigError(_no_weights(Path(config.path)))
+    # Transformers would send the user's token to a service that converts pickled weights, and load what that made.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     with _explained(config):
-        model, info = AutoModelForCausalLM.from_pretrained(model_source(config), **_hub_arguments(config), **arguments)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model_source(config), **_hub_arguments(config), **arguments)
+    model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ConfigError(
@@ -173,37 +192,43 @@ def _no_weights(directory: Path) -> str:
 @contextmanager
 def _explained(config: ModelConfig) -> Iterator[None]:
     """Turn the libraries' errors about a model that cannot be had into one message."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise ConfigError(f"model={config.name}: {_explanation(config, error)}") from error
+
+
+def _explanation(config: ModelConfig, error: Exception) -> str:
     from huggingface_hub import errors
 
     source = config.path or config.hub_id
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:
-        causes = list(_chain(error))
-        if any(isinstance(cause, errors.GatedRepoError) for cause in causes) or (
-            config.gated and any(isinstance(cause, errors.HfHubHTTPError) for cause in causes)
-        ):
-            message = (
-                f"{source} is gated: accept its licence at its page on the hub, then set HF_TOKEN (or run `hf auth login`)."
-            )
-        elif any(isinstance(cause, errors.RevisionNotFoundError) for cause in causes):
-            message = f"{source} has no revision '{config.commit or config.revision}'; see model.revision."
-        elif any(isinstance(cause, errors.RepositoryNotFoundError) for cause in causes):
-            message = f"{source}: no such model on the hub, or a private one (then set HF_TOKEN)."
-        elif isinstance(error, OSError) and not config.path:
-            message = (
-                f"{source} is not in the local cache and the hub cannot be reached. With a network: check HF_ENDPOINT "
-                "and HF_HUB_OFFLINE. Without: copy the model here and use model.path=DIR."
-            )
-            if config.gated:
-                message += " The model is gated: HF_TOKEN is needed too."
-        elif isinstance(error, (OSError, ValueError)):
-            message = f"{source} cannot be loaded: {str(error).strip().splitlines()[0]}"
-        else:
-            raise
-        raise ConfigError(f"model={config.name}: {message}") from error
+    causes = list(_chain(error))
+
+    def caused_by(*kinds: type[Exception]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if caused_by(errors.RevisionNotFoundError):
+        return f"{source} has no revision '{config.commit or config.revision}'; see model.revision."
+    if caused_by(errors.GatedRepoError) or (config.gated and caused_by(errors.RepositoryNotFoundError)):
+        return (
+            f"{source} is gated: accept its licence at its page on the hub, then set HF_TOKEN (or run `hf auth login`)."
+        )
+    if caused_by(errors.RepositoryNotFoundError):
+        return f"{source}: no such model on the hub, or a private one (then set HF_TOKEN)."
+    if caused_by(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        token = " The model is gated: HF_TOKEN is needed too." if config.gated else ""
+        return (
+            f"{source} is not in the local cache and the hub cannot be reached. With a network: check HF_ENDPOINT "
+            f"and HF_HUB_OFFLINE. Without: copy the model here and use model.path=DIR.{token}"
+        )
+    if "trust_remote_code" in str(error):
+        return f"{source} comes with Python code of its own; model.trust_remote_code=true runs it, if you trust it."
+    if "use_safetensors" in str(error):
+        return f"{source} has no .safetensors; pickled weights can run code when loaded, so llmkit does not read them."
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{source} cannot be loaded: {first_line}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -11,6 +11,8 @@ from llmkit.config.schema import FreezeConfig, LoraConfig, TrainConfig
 from llmkit.errors import ConfigError, did_you_mean
 from llmkit.model.precision import Precision
 
+NEED_A_PASS_OVER_DATA = ("eva", "corda", "lora_ga")  # values of lora.init_lora_weights
+
 
 def loading_dtype(config: TrainConfig, precision: Precision) -> torch.dtype:
     """The dtype to load weights in: that of trained weights if all are trained, else that of frozen ones."""
@@ -22,14 +24,15 @@ def apply_method(model: PreTrainedModel, config: TrainConfig, precision: Precisi
 
     Raises ConfigError if the settings select nothing.
     """
+    trained: nn.Module = model
     if config.method.name == "full":
         model.requires_grad_(True)
     elif config.method.name == "freeze":
         freeze(model, config.freeze)
     else:
-        model = add_adapter(model, config.lora, quantized=config.qlora is not None)
-    cast_trained(model, precision.trained)
-    return model
+        trained = add_adapter(model, config.lora, quantized=config.qlora is not None)
+    cast_trained(trained, precision.trained)
+    return trained
 
 
 def cast_trained(model: nn.Module, dtype: torch.dtype) -> None:
@@ -64,26 +67,33 @@ def freeze(model: PreTrainedModel, settings: FreezeConfig) -> None:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The stack of decoder layers: the longest ModuleList of the model."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise ConfigError(f"method=freeze: {type(model).__name__} has no list of layers; use freeze.patterns.")
-    return max(lists, key=len)
+    """The stack of decoder layers: the first ModuleList as long as the config says (experts are lists too).
+
+    Raises ConfigError for a model without one.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ConfigError(
+        f"{type(model).__name__} has no list of its {count} layers: choose by name, with freeze.patterns or "
+        "lora.target_modules."
+    )
 
 
 def add_adapter(model: PreTrainedModel, settings: LoraConfig, *, quantized: bool) -> nn.Module:
     """Wrap the model with PEFT's LoRA; the base is frozen."""
     import peft
 
-    _check_targets(model, settings)
+    _check_adapter(model, settings)
     if quantized:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     else:
         model.requires_grad_(False)
     try:
         return peft.get_peft_model(model, peft_config(settings, model))
-    except ValueError as error:
-        raise ConfigError(f"lora: {str(error).splitlines()[0]}") from error
+    except (ValueError, TypeError, ImportError) as error:  # what PEFT raises for options that do not go together
+        raise ConfigError(f"lora: {' '.join(str(error).split())}") from error
 
 
 def peft_config(settings: LoraConfig, model: PreTrainedModel) -> Any:
@@ -93,6 +103,8 @@ def peft_config(settings: LoraConfig, model: PreTrainedModel) -> Any:
     targets = settings.target_modules
     if targets == "all-linear" and settings.layers_to_transform:
         targets = linear_names(decoder_layers(model))  # PEFT refuses its own word for them together with layers
+    assert settings.lora_alpha is not None, "resolve() fills it in"
+    bias: Any = settings.bias
     return peft.LoraConfig(
         r=settings.r,
         lora_alpha=settings.lora_alpha,
@@ -102,8 +114,8 @@ def peft_config(settings: LoraConfig, model: PreTrainedModel) -> Any:
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         init_lora_weights=settings.init_lora_weights,
-        bias=settings.bias,
-        layers_to_transform=settings.layers_to_transform,
+        bias=bias,
+        layers_to_transform=settings.layers_to_transform or None,
         task_type="CAUSAL_LM",
     )
 
@@ -113,24 +125,35 @@ def linear_names(model: nn.Module) -> list[str]:
     return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
 
 
-def _check_targets(model: nn.Module, settings: LoraConfig) -> None:
-    """Every name must match a module: PEFT is silent about one that matches none beside others that do."""
-    names = [name for name, _ in model.named_modules()]
-    linear = linear_names(model)
+def _check_adapter(model: PreTrainedModel, settings: LoraConfig) -> None:
+    """Raises ConfigError where PEFT would be silent: a name without a module, no such layer, a start it cannot make."""
+    if settings.init_lora_weights in NEED_A_PASS_OVER_DATA:
+        raise ConfigError(
+            f"lora.init_lora_weights={settings.init_lora_weights} needs a pass over the data before training, which "
+            "llmkit does not make; true, gaussian, pissa and olora need none."
+        )
+    modules = dict(model.named_modules())
+    head = next((name for name, module in modules.items() if module is model.get_output_embeddings()), "")
     wanted = [] if settings.target_modules == "all-linear" else list(settings.target_modules)
-    if "lm_head" in wanted:
-        # TRL computes the loss from lm_head.weight directly, past an adapter on it.
-        raise ConfigError("lora.target_modules: lm_head cannot carry an adapter; put it into lora.modules_to_save.")
-    for key, choices in (("target_modules", wanted), ("modules_to_save", settings.modules_to_save or [])):
+    if head and head.rpartition(".")[2] in wanted:
+        # TRL computes the loss from the head's weight directly, past an adapter on it.
+        raise ConfigError(f"lora.target_modules: {head} cannot carry an adapter; put it into lora.modules_to_save.")
+    linear = [name for name in linear_names(model) if name != head.rpartition(".")[2]]
+    every = sorted({name.rpartition(".")[2] for name in modules} - {""})
+    for key, choices, known in (
+        ("target_modules", wanted, linear),
+        ("modules_to_save", settings.modules_to_save or [], [word for word in every if not word.isdecimal()]),
+    ):
         for choice in choices:
-            if not any(name == choice or name.endswith(f".{choice}") for name in names):
+            if not any(name == choice or name.endswith(f".{choice}") for name in modules):
                 raise ConfigError(
-                    f"lora.{key}={choice}: matches no module of {type(model).__name__}.{did_you_mean(choice, linear)} "
-                    f"Its linear modules: {', '.join(linear)}."
+                    f"lora.{key}={choice}: matches no module of {type(model).__name__}.{did_you_mean(choice, known)} "
+                    f"Its {'linear ' if known is linear else ''}modules: {', '.join(known)}."
                 )
-    layers = settings.layers_to_transform
-    if layers and max(layers) >= len(decoder_layers(model)):
-        raise ConfigError(f"lora.layers_to_transform={layers}: the model has {len(decoder_layers(model))} layers.")
+    if layers := settings.layers_to_transform:
+        count = len(decoder_layers(model))
+        if not all(0 <= layer < count for layer in layers):
+            raise ConfigError(f"lora.layers_to_transform={layers}: the model has {count} layers, 0 to {count - 1}.")
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

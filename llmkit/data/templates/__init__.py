@@ -8,7 +8,9 @@ from llmkit.errors import ConfigError, did_you_mean
 
 def shipped_templates() -> list[str]:
     """The names of the shipped templates."""
-    return sorted(file.name[: -len(".jinja")] for file in resources.files(__name__).iterdir() if file.name.endswith(".jinja"))
+    return sorted(
+        file.name[: -len(".jinja")] for file in resources.files(__name__).iterdir() if file.name.endswith(".jinja")
+    )
 
 
 def read_template(choice: str) -> str:

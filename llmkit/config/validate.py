@@ -59,8 +59,8 @@ def warnings(config: TrainConfig) -> list[str]:
         found.append("tracking.tags, entity and group have no effect with tracking=none; choose tracking=wandb.")
     if config.lora is not None and config.lora.init_lora_weights in CHANGE_THE_BASE:
         found.append(
-            f"lora.init_lora_weights={config.lora.init_lora_weights} changes the base's weights too: the adapter is right "
-            "only where PEFT loads it, which changes them again. Merge it before serving with anything else."
+            f"lora.init_lora_weights={config.lora.init_lora_weights} changes the base's weights too: the adapter is "
+            "right only where PEFT loads it, which changes them again. Merge it before serving with anything else."
         )
     if config.qlora is not None and config.qlora.bits == 8:
         for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):

@@ -16,23 +16,30 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from llmkit import rundir
 from llmkit.config import TrainConfig, resolve
-from llmkit.errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError
-from llmkit.launchers.prepare import finished_result, prepare
+from llmkit.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_WRONG_INPUT, ConfigError
+from llmkit.launchers.prepare import changed_since, finished_result, prepare
 from llmkit.launchers.sweep import Job, Sweep
 
 
 def run_here(config: TrainConfig, run_dir: Path) -> int:
     """Run one config to its end on this terminal; returns the worker's exit code."""
     if result := finished_result(config, run_dir):
-        print(
-            f"{run_dir} holds this run, finished: {result['objective_name']} {result['objective']:.4g}. Nothing to do."
-        )
+        value = "" if result["objective"] is None else f": {result['objective_name']} {result['objective']:.4g}"
+        print(f"{run_dir} holds this run, finished{value}. Nothing to do.")
+        if changed_since(config.data.path, run_dir / rundir.RESULT):
+            print(f"warning: {config.data.path} has changed since; another name= trains on it.", file=sys.stderr)
         return EXIT_DONE
+    if config.launcher.max_parallel is not None:
+        print("warning: launcher.max_parallel has no effect on a single run; it is for sweeps (-m).", file=sys.stderr)
     with prepare(config, run_dir) as lock, _forwarded_signals() as workers:
         worker = start_worker(run_dir, lock=lock)
         workers.append(worker)
-        return _exit_code(worker.wait(), run_dir)
+        code = _exit_code(worker.wait(), run_dir, stopped=workers.stopped)
+    if code == EXIT_WRONG_INPUT:
+        rundir.discard_unused(run_dir)
+    return code
 
 
 def start_worker(
@@ -61,7 +68,14 @@ def start_worker(
     )
 
 
-def _exit_code(returncode: int, run_dir: Path) -> int:
+def _exit_code(returncode: int, run_dir: Path, *, stopped: bool) -> int:
+    """The worker's code; one that was stopped before it could save says so in a result of its own."""
+    if returncode < 0 and stopped:
+        if rundir.read_result(run_dir) is None:
+            reason = f"stopped by {signal.Signals(-returncode).name} before it had saved a step"
+            rundir.write_json(run_dir / rundir.RESULT, {"status": "stopped", "error": reason, "objective": None})
+            print(f"{run_dir}: {reason}.", file=sys.stderr)
+        return EXIT_PREEMPTED
     if returncode < 0:
         name = signal.Signals(-returncode).name
         hint = " (the system is out of memory?)" if name == "SIGKILL" else ""
@@ -70,12 +84,22 @@ def _exit_code(returncode: int, run_dir: Path) -> int:
     return returncode
 
 
+class _Workers(list[subprocess.Popen]):
+    """The workers that run now, and whether a signal asked them to stop."""
+
+    stopped = False
+
+
 @contextlib.contextmanager
-def _forwarded_signals() -> Iterator[list[subprocess.Popen]]:
+def _forwarded_signals() -> Iterator[_Workers]:
     """Hand SIGINT and SIGTERM to the workers, who save and stop; the driver waits for them."""
-    workers: list[subprocess.Popen] = []
+    workers = _Workers()
 
     def forward(number: int, _frame: Any) -> None:
+        if not workers.stopped:
+            message = "stopping when the step is done and saved; once more: at once\n"
+            os.write(sys.stderr.fileno(), message.encode())  # print is not safe in a signal handler
+        workers.stopped = True
         for worker in workers:
             if worker.poll() is None:
                 worker.send_signal(number)
@@ -140,23 +164,27 @@ def _run_all(sweep: Sweep) -> None:
     slots = devices or [None]
     if first.launcher.max_parallel:
         slots = [slots[i % len(slots)] for i in range(first.launcher.max_parallel)]
-    threads = max((os.cpu_count() or 1) // len(slots), 1) if not devices else None
+    threads = max(len(os.sched_getaffinity(0)) // len(slots), 1) if not devices else None
     running: list[_Running] = []
     with _forwarded_signals() as workers:
-        stopping = False
-        while running or (waiting and not stopping):
-            while waiting and slots and not stopping:
-                running.append(_start(waiting.pop(0), slots.pop(0), threads))
+        while running or (waiting and not workers.stopped):
+            while waiting and slots and not workers.stopped:
+                job = waiting.pop(0)
+                try:
+                    running.append(_start(job, slots[0], threads))
+                except ConfigError as error:
+                    sweep.fail(job, str(error))
+                    continue
+                del slots[0]
                 workers.append(running[-1].process)
-                sweep.record(running[-1].job, status="running")
+                sweep.record(job, status="running")
             for run in [run for run in running if run.process.poll() is not None]:
                 running.remove(run)
                 workers.remove(run.process)
                 slots.append(run.device)
                 run.lock.close()
                 run.output.close()
-                code = _exit_code(run.process.returncode, run.job.run_dir)
-                stopping = stopping or code == EXIT_PREEMPTED
+                _exit_code(run.process.returncode, run.job.run_dir, stopped=workers.stopped)
                 sweep.collect(run.job)
             time.sleep(0.05)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import IO
 
 from llmkit import rundir
-from llmkit.config import TrainConfig, differences, load, save
+from llmkit.config import TrainConfig, adopt_findings, differences, load, save
 from llmkit.errors import ConfigError
 
 
@@ -34,14 +34,19 @@ def finished_result(config: TrainConfig, run_dir: Path) -> dict | None:
     return result if finished else None
 
 
+def changed_since(path: str | None, result: Path) -> bool:
+    """Whether the data file was written to after the run's result was."""
+    return path is not None and Path(path).is_file() and Path(path).stat().st_mtime > result.stat().st_mtime
+
+
 def prepare(config: TrainConfig, run_dir: Path) -> IO[str]:
     """Lock the directory and write its config; the caller holds the returned lock while the worker runs.
 
-    A run that goes on keeps what its worker had found out (the model's commit), so that it goes on with the same.
+    A run that goes on keeps what its worker had found out (precision, the model's commit, ...), on any machine.
     """
     lock = rundir.lock(run_dir)
-    if (run_dir / rundir.CONFIG).exists() and config.model.commit is None:
-        config.model.commit = load(run_dir).model.commit
+    if (run_dir / rundir.METRICS).exists():
+        adopt_findings(config, load(run_dir))
     (run_dir / rundir.RESULT).unlink(missing_ok=True)
     save(config, run_dir)
     return lock

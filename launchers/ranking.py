@@ -18,11 +18,14 @@ def print_ranking(sweep: Sweep) -> None:
         shown = values[id(job)]
         table.add_row(str(rank), *(shown.get(key, "") for key in keys), f"{job.objective:.4g}", job.run_dir.name)
     console = Console()
-    console.print(table)
+    if sweep.ranked():
+        console.print(table)
     for job in jobs:
         if job.status != "completed":
-            reason = (job.error or "not run").splitlines()[0]
-            console.print(f"{job.status}: {job.run_dir}: {reason}", highlight=False, markup=False, soft_wrap=True)
+            reason = f": {job.error.splitlines()[0]}" if job.error else ""
+            console.print(f"{job.status}: {job.run_dir}{reason}", highlight=False, markup=False, soft_wrap=True)
+    if {job.status for job in jobs} & {"waiting", "preempted", "stopped"}:
+        console.print("The same command goes on.")
     if best := next(iter(sweep.ranked()), None):
         console.print(f"best: {best.run_dir / 'final'}", highlight=False, markup=False, soft_wrap=True)
 

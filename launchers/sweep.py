@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from llmkit import rundir
 from llmkit.config import TrainConfig, validate, warnings
+from llmkit.config.resolve import use_absolute_paths
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError
 from llmkit.launchers.prepare import finished_result
 
@@ -54,6 +55,12 @@ class Sweep:
 
         Raises ConfigError with the problems of all jobs.
         """
+        if (directory / rundir.CONFIG).exists():
+            raise ConfigError(f"{directory} holds a single run; choose another name= for a sweep.")
+        if len({config.objective for config in configs}) > 1:
+            raise ConfigError(
+                "the jobs have different objectives and cannot be ranked; set objective= for all of them."
+            )
         names = job_names(overrides)
         jobs: list[Job] = []
         problems: dict[str, list[str]] = {}  # the jobs that have each
@@ -64,6 +71,7 @@ class Sweep:
             job = Job(overrides=list(job_overrides), run_dir=directory / name, config=config)
             try:
                 validate(config)
+                use_absolute_paths(config)
                 if result := finished_result(config, job.run_dir):
                     job.status, job.objective = result["status"], result["objective"]
             except ConfigError as error:
@@ -101,6 +109,12 @@ class Sweep:
         self.write()
         print(f"start   {job.run_dir.name}   (log: {job.run_dir / 'console.log'})", flush=True)
 
+    def fail(self, job: Job, reason: str) -> None:
+        """Note that a job could not be started."""
+        job.status, job.error = "failed", reason
+        self.write()
+        print(f"failed  {job.run_dir.name}: {reason}", flush=True)
+
     def collect(self, job: Job) -> None:
         """Note how a job ended, from its result.json."""
         result = rundir.read_result(job.run_dir)
@@ -131,7 +145,7 @@ class Sweep:
         statuses = {job.status for job in self.jobs_of_this_command}
         if statuses <= {"completed"}:
             return EXIT_DONE
-        return EXIT_FAILED if "failed" in statuses else EXIT_PREEMPTED
+        return EXIT_FAILED if "failed" in statuses else EXIT_PREEMPTED  # preempted, stopped, or never started
 
 
 def swept_values(overrides: Sequence[Sequence[str]]) -> list[dict[str, str]]:
@@ -152,7 +166,7 @@ def swept_values(overrides: Sequence[Sequence[str]]) -> list[dict[str, str]]:
 
 
 def job_names(overrides: Sequence[Sequence[str]]) -> list[str]:
-    """A directory name per job, from its swept values: the same values have the same name in every command."""
+    """A directory name per job, from its swept values: a longer sweep of the same keys finds the jobs of a shorter."""
     names: list[str] = []
     for job, values in zip(overrides, swept_values(overrides), strict=True):
         name = re.sub(r"[^\w.=+-]+", "-", "_".join(f"{key}={value}" for key, value in sorted(values.items())))

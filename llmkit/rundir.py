@@ -4,6 +4,7 @@ import datetime
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,13 +49,22 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
     return read_json(run_dir / RESULT)
 
 
+def discard_unused(run_dir: Path) -> None:
+    """Remove a run directory in which nothing was trained: wrong input should leave nothing behind."""
+    if {path.name for path in run_dir.iterdir()} <= {CONFIG, RESULT, LOCK, CHECKPOINTS}:
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+
 def lock(run_dir: Path) -> IO[str]:
     """Become the one writer of `run_dir`; the lock ends when the returned file (and its copies in children) close.
 
     Raises ConfigError, naming the process, if another one holds it.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file = open(run_dir / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - the open file is the lock
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = open(run_dir / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - the open file is the lock
+    except OSError as error:
+        raise ConfigError(f"{run_dir} cannot be written ({error.strerror}); choose another run_dir=.") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from llmkit import __version__
 from llmkit.cli import guarded
 from llmkit.config import resolve, validate, warnings
 from llmkit.config.arguments import parse_arguments
 from llmkit.config.compose import groups_in_words, run_composed
+from llmkit.config.resolve import use_absolute_paths
 from llmkit.errors import EXIT_DONE
 from llmkit.launchers.local import LocalLauncher, run_here
 from llmkit.rundir import default_run_dir
@@ -44,6 +46,9 @@ def _train(argv: list[str]) -> int:
     if {"-h", "--help"} & set(arguments.switches):
         print(HELP.format(groups=groups_in_words()))
         return EXIT_DONE
+    if "--version" in arguments.switches:
+        print(__version__)
+        return EXIT_DONE
     composed: list[DictConfig] = []
     LocalLauncher.sweep = None  # of an earlier call in this process
     run_composed("train", composed.append, arguments, {"LocalLauncher": LocalLauncher})
@@ -55,6 +60,7 @@ def _train(argv: list[str]) -> int:
 def _run(composed: DictConfig) -> int:
     config = resolve(composed)
     validate(config)
+    use_absolute_paths(config)
     for warning in warnings(config):
         print(f"warning: {warning}", file=sys.stderr)
     return run_here(config, Path(config.run_dir or default_run_dir(config.name)))

@@ -15,10 +15,16 @@ from llmkit.config import TrainConfig
 from llmkit.data.prepare import prepare_data
 from llmkit.model.loading import load_model, load_tokenizer
 from llmkit.model.methods import apply_method, cast_trained, loading_dtype
-from llmkit.training.arguments import training_arguments
+from llmkit.training.arguments import total_steps, training_arguments
 from llmkit.training.checkpoints import PARTIAL
 from llmkit.training.console import RunConsole
-from llmkit.training.facts import complete_config, learn_to_stop, state_facts
+from llmkit.training.facts import (
+    complete_config,
+    learn_to_stop,
+    settle_gradient_checkpointing,
+    state_facts,
+    warn_of_size,
+)
 from llmkit.training.session import Session
 from llmkit.training.stopping import StopRequest
 from llmkit.training.trainer import RunMixin
@@ -37,14 +43,20 @@ def run(config: TrainConfig, run_dir: Path, console: RunConsole, stop: StopReque
     tokenizer = load_tokenizer(config.model, config.data.chat_template or config.model.chat_template)
     data = prepare_data(config.data, tokenizer, max_length=max_length)
 
+    warn_of_size(config, precision, device, console)
     dtype = loading_dtype(config, precision)
     model: Any = load_model(config.model, dtype=dtype, device=device, quantization=config.qlora, precision=precision)
     learn_to_stop(model, tokenizer, data.train, console)
     model = apply_method(model, config, precision)
+    settle_gradient_checkpointing(config, model, run_dir)
     state_facts(config, model, data, console, device=device, precision=precision)
 
     arguments = training_arguments(
-        config, output_dir=run_dir / "checkpoints" / PARTIAL, precision=precision, device=device
+        config,
+        output_dir=run_dir / "checkpoints" / PARTIAL,
+        precision=precision,
+        device=device,
+        steps=total_steps(config.training, len(data.train)),
     )
     trainer = Trainer(
         run_dir=run_dir,
@@ -57,7 +69,7 @@ def run(config: TrainConfig, run_dir: Path, console: RunConsole, stop: StopReque
     # TRL turns the adapter of a quantized model to bfloat16, where small updates vanish and resuming is not exact.
     cast_trained(model, precision.trained)
 
-    with Session(config, run_dir, trainer, data, tokenizer, console, stop) as session:
+    with Session(config, run_dir, trainer, data, tokenizer, console, stop, autocast=precision.autocast) as session:
         session.measure_base()
         session.train()
         session.measure_result()

@@ -71,7 +71,9 @@ def parse_arguments(argv: list[str]) -> Arguments:
     if strangers := [word for word in words if "=" not in word and not word.startswith("~")]:
         raise ConfigError(
             *(
-                f"'{word}' is not an override: write KEY=VALUE, for example model=mistral7b or lora.r=16. "
+                f"'{word}' is not an override: write data.path={word}."
+                if Path(word).is_file() and not word.endswith((".yaml", ".yml"))
+                else f"'{word}' is not an override: write KEY=VALUE, for example model=mistral7b or lora.r=16. "
                 "A config file (.yaml) comes first."
                 for word in strangers
             )

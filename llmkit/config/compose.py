@@ -76,6 +76,12 @@ def _register_launchers(launchers: dict[str, type]) -> None:
     """
     from hydra.core.plugins import Plugins
 
+    try:
+        import hydra_plugins  # noqa: F401
+    except ImportError:  # no package here brings the namespace
+        namespace = types.ModuleType("hydra_plugins")
+        namespace.__path__ = []
+        sys.modules["hydra_plugins"] = namespace
     module = types.ModuleType("hydra_plugins.llmkit_launchers")
     for name, launcher in launchers.items():
         setattr(module, name, launcher)

@@ -74,6 +74,17 @@ def _literal(value: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
+def adopt_findings(config: TrainConfig, earlier: TrainConfig) -> None:
+    """Fill in what `config` leaves open with what an earlier worker of the same run had found, in place."""
+    for key in (*earlier.derived, "model.commit"):
+        node, _, name = key.rpartition(".")
+        ours, theirs = (getattr(one, node) if node else one for one in (config, earlier))
+        if ours is not None and theirs is not None and getattr(ours, name) in UNSET:
+            setattr(ours, name, getattr(theirs, name))
+            if key in earlier.derived and key not in config.derived:
+                config.derived.append(key)
+
+
 def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in node.items():

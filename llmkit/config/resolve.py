@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -36,6 +37,9 @@ def resolve(config: DictConfig) -> TrainConfig:
     if resolved.training.learning_rate is None and resolved.method.name in DEFAULT_LEARNING_RATE:
         resolved.training.learning_rate = DEFAULT_LEARNING_RATE[resolved.method.name]
         resolved.derived.append("training.learning_rate")
+    if resolved.objective == "eval_loss" and resolved.data.validation is None:
+        resolved.objective = "train_loss"  # the only loss there is
+        resolved.derived.append("objective")
     if isinstance(resolved.lora, LoraConfig) and resolved.lora.lora_alpha is None:
         resolved.lora.lora_alpha = 2 * resolved.lora.r
         resolved.derived.append("lora.lora_alpha")
@@ -44,6 +48,14 @@ def resolve(config: DictConfig) -> TrainConfig:
         largest = LARGEST_MICRO_BATCH if small else LARGEST_MICRO_BATCH_OF_LARGE_MODELS
         resolved.derived += resolve_batch(resolved.training, device_count(resolved), largest=largest)
     return resolved
+
+
+def use_absolute_paths(config: TrainConfig) -> None:
+    """Name local files by absolute paths, in place: the config is read again from other directories."""
+    for node, key in ((config.data, "path"), (config.data, "validation"), (config.model, "path")):
+        value = getattr(node, key)
+        if isinstance(value, str) and value != "demo" and Path(value).exists():
+            setattr(node, key, str(Path(value).absolute()))
 
 
 def device_count(config: TrainConfig) -> int:

@@ -25,10 +25,24 @@ def validate(config: TrainConfig) -> None:
         *_model_problems(config),
         *_data_problems(config),
         *_hardware_problems(config),
+        *_objective_problems(config),
         *_training_problems(config),
     ]
     if problems:
         raise ConfigError(*problems)
+
+
+def _objective_problems(config: TrainConfig) -> list[str]:
+    name = config.objective
+    if name.endswith("exact_match") and not config.evaluation.examples:
+        return [
+            f"objective={name}: evaluation.examples=0 generates no answers to compare; set it, or objective=eval_loss."
+        ]
+    if name == "exact_match" and config.data.validation is None:
+        return [
+            "objective=exact_match: there are no held-out rows; set data.validation, or objective=train_exact_match."
+        ]
+    return []
 
 
 def warnings(config: TrainConfig) -> list[str]:
@@ -51,6 +65,8 @@ def warnings(config: TrainConfig) -> list[str]:
         )
     if config.model.path and config.model.hub_id:
         found.append(f"model.hub_id={config.model.hub_id} has no effect: model.path={config.model.path} is loaded.")
+    if config.model.revision != "main" and (config.model.path or not config.model.hub_id):
+        found.append(f"model.revision={config.model.revision} has no effect on a model that is not from the hub.")
     if config.data.path and config.data.hub_id:
         found.append(f"data.hub_id={config.data.hub_id} has no effect: data.path={config.data.path} is read.")
     if config.data.validation is None and training.final == "best":

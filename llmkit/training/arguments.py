@@ -1,5 +1,6 @@
 """Our config -> the arguments of TRL's and Transformers' trainers. Every name on the right is upstream's."""
 
+import importlib.util
 import math
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,16 @@ CHECKPOINTING_FROM_PARAMETERS = 0.5e9
 
 
 def training_arguments(
-    config: TrainConfig, *, output_dir: Path, precision: Precision, device: torch.device
+    config: TrainConfig, *, output_dir: Path, precision: Precision, device: torch.device, steps: int
 ) -> dict[str, Any]:
-    """Keyword arguments for TrainingArguments or a TRL config, for a config whose derived values are filled in."""
+    """Keyword arguments for TrainingArguments or a TRL config, for a config whose derived values are filled in.
+
+    Args:
+        steps: optimizer steps of the whole run, which shares of the run are taken of.
+
+    Raises:
+        ConfigError: an optimizer, tracker or DeepSpeed that is not there.
+    """
     training = config.training
     optimizers = [name.value for name in OptimizerNames]
     if training.optim not in optimizers:
@@ -26,6 +34,7 @@ def training_arguments(
             f"training.optim={training.optim}: unknown.{did_you_mean(training.optim, optimizers)} "
             f"One of {', '.join(optimizers)}."
         )
+    _check_libraries(config)
     return {
         "output_dir": str(output_dir),
         "seed": config.seed,
@@ -50,9 +59,9 @@ def training_arguments(
         "include_num_input_tokens_seen": "non_padding",  # kept in checkpoints, unlike TRL's own count
         "logging_nan_inf_filter": False,  # a loss that is not finite stops the run; it is never averaged away
         "eval_strategy": "no" if config.data.validation is None else "steps",
-        "eval_steps": None if config.data.validation is None else training.eval_steps,
+        "eval_steps": None if config.data.validation is None else whole_steps(training.eval_steps, steps),
         "save_strategy": "no" if training.save_steps is None else "steps",
-        "save_steps": training.save_steps or 0,
+        "save_steps": whole_steps(training.save_steps or 1, steps),
         "bf16": precision.autocast == torch.bfloat16,
         "fp16": precision.autocast == torch.float16,
         "use_cpu": device.type == "cpu",
@@ -62,6 +71,25 @@ def training_arguments(
         "run_name": config.tracking.run_name,
         "deepspeed": deepspeed_dict(config.deepspeed),
     }
+
+
+def whole_steps(interval: float, steps: int) -> int:
+    """An interval in steps; below 1 it is a share of the run."""
+    return math.ceil(interval * steps) if interval < 1 else int(interval)
+
+
+def _check_libraries(config: TrainConfig) -> None:
+    from transformers.integrations import get_available_reporting_integrations
+
+    if config.deepspeed.stage and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(f"deepspeed={config.deepspeed.name}: DeepSpeed is not installed; add it with: make deepspeed")
+    available = get_available_reporting_integrations()
+    for tracker in config.tracking.report_to:
+        if tracker not in available:
+            raise ConfigError(
+                f"tracking.report_to=[{tracker}]: unknown, or its package is not installed."
+                f"{did_you_mean(tracker, available)} Here: {', '.join(available) or 'none'}."
+            )
 
 
 def deepspeed_dict(config: DeepSpeedConfig) -> dict[str, Any] | None:
@@ -92,10 +120,12 @@ def deepspeed_dict(config: DeepSpeedConfig) -> dict[str, Any] | None:
 
 def total_steps(training: TrainingConfig, examples: int) -> int:
     """Optimizer steps of the run on one device, as Transformers counts them."""
-    if training.max_steps:
-        return training.max_steps
+    return training.max_steps or math.ceil(training.num_train_epochs * steps_per_pass(training, examples))
+
+
+def steps_per_pass(training: TrainingConfig, examples: int) -> int:
+    """Optimizer steps of one pass over the data; the last may have fewer examples."""
     assert training.per_device_train_batch_size
     assert training.gradient_accumulation_steps
     micro_batches = math.ceil(examples / training.per_device_train_batch_size)
-    steps_per_epoch = max(math.ceil(micro_batches / training.gradient_accumulation_steps), 1)
-    return math.ceil(training.num_train_epochs * steps_per_epoch)
+    return max(math.ceil(micro_batches / training.gradient_accumulation_steps), 1)

@@ -6,6 +6,7 @@ import re
 import shutil
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from llmkit import rundir
 
@@ -13,11 +14,15 @@ MANIFEST = "MANIFEST.json"
 PARTIAL = ".partial"  # where Transformers writes, before a checkpoint is whole
 
 
-def commit(written: Path, run_dir: Path, *, step: int) -> Path:
-    """Make the files in `written` a checkpoint of `run_dir`: manifest first, then its name, in one rename."""
+def commit(written: Path, run_dir: Path, *, step: int, facts: dict[str, Any]) -> Path:
+    """Make the files in `written` a checkpoint of `run_dir`: manifest first, then its name, in one rename.
+
+    Args:
+        facts: what the run must know of itself to go on: the data's fingerprint, the seconds so far.
+    """
     files = sorted(path for path in written.rglob("*") if path.is_file())
     listing = {str(path.relative_to(written)): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-    rundir.write_json(written / MANIFEST, {"step": step, "files": listing})
+    rundir.write_json(written / MANIFEST, {"step": step, **facts, "files": listing})
     target = run_dir / rundir.CHECKPOINTS / f"step-{step:08d}"
     shutil.rmtree(target, ignore_errors=True)
     os.replace(written, target)
@@ -33,9 +38,9 @@ def latest(run_dir: Path) -> Path | None:
     return max(committed, default=None)
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step a checkpoint was taken at."""
-    return int(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["step"])
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """What a committed checkpoint says of itself: `step`, `dataset_fingerprint`, `seconds`, `files`."""
+    return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
 
 
 def _sha256(path: Path) -> str:

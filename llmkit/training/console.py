@@ -1,5 +1,6 @@
 """What a run says: one fact a line, progress with the time left, answers. Plain lines where there is no terminal."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -11,11 +12,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from llmkit.training.generation import Answer
 
 
+class _Terminal(RichConsole):
+    """A console whose reader may leave (`| head`, a closed pager): the run goes on in silence."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class RunConsole:
     """Prints a run's facts, metrics and samples; the bar appears only on a terminal."""
 
     def __init__(self) -> None:
-        self._rich = RichConsole(highlight=False, soft_wrap=True)
+        self._rich = _Terminal(highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: Any = None
         self._total = 0
@@ -97,7 +106,7 @@ class RunConsole:
             table.add_column(name, overflow="fold")
         for row in rows:
             table.add_row(*row)
-        RichConsole(highlight=False).print(table)
+        self._rich.print(table, soft_wrap=False)
 
 
 def _short(text: str, limit: int = 90) -> str:

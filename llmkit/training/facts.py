@@ -13,9 +13,9 @@ from llmkit.config import TrainConfig
 from llmkit.data.prepare import PreparedData, Split
 from llmkit.errors import ConfigError
 from llmkit.model.loading import cached_commit, load_model_config, model_source
-from llmkit.model.methods import count_parameters
+from llmkit.model.methods import count_parameters, loading_dtype
 from llmkit.model.precision import Precision, resolve_device, resolve_precision
-from llmkit.training.arguments import CHECKPOINTING_FROM_PARAMETERS, total_steps
+from llmkit.training.arguments import CHECKPOINTING_FROM_PARAMETERS, steps_per_pass, total_steps
 from llmkit.training.console import RunConsole
 
 LONGEST_DEFAULT = 2048  # tokens, where data.max_length is unset
@@ -40,7 +40,6 @@ def complete_config(config: TrainConfig, run_dir: Path) -> tuple[torch.device, P
         "hardware.device": device.type,
         "model.context_length": context,
         "data.max_length": config.data.max_length or min(context or LONGEST_DEFAULT, LONGEST_DEFAULT),
-        "training.gradient_checkpointing": (config.model.parameters or 0) >= CHECKPOINTING_FROM_PARAMETERS,
     }
     for key, value in found.items():
         node, _, name = key.partition(".")
@@ -52,6 +51,25 @@ def complete_config(config: TrainConfig, run_dir: Path) -> tuple[torch.device, P
     configuration.save(config, run_dir)
     assert config.data.max_length is not None
     return device, precision, config.data.max_length
+
+
+def warn_of_size(config: TrainConfig, precision: Precision, device: torch.device, console: RunConsole) -> None:
+    """Say that the weights alone do not fit, where their number is known, before they are downloaded and loaded."""
+    bits = config.qlora.bits if config.qlora is not None else 8 * loading_dtype(config, precision).itemsize
+    needed = (config.model.parameters or 0) * bits / 8 / GIB
+    if needed > (available := _available_gib(config, device)):
+        console.warn(
+            f"the weights of {config.model.name} need {needed:.0f} GiB and {device_name(device)} has {available:.0f}: "
+            "method=qlora needs a quarter of 16-bit weights, or choose a smaller model."
+        )
+
+
+def settle_gradient_checkpointing(config: TrainConfig, model: nn.Module, run_dir: Path) -> None:
+    """Where it is left open: on for large models, whose size is known only now."""
+    if config.training.gradient_checkpointing is None:
+        config.training.gradient_checkpointing = count_parameters(model)[1] >= CHECKPOINTING_FROM_PARAMETERS
+        config.derived.append("training.gradient_checkpointing")
+        configuration.save(config, run_dir)
 
 
 def learn_to_stop(model: Any, tokenizer: PreTrainedTokenizerBase, train: Split, console: RunConsole) -> None:
@@ -102,11 +120,12 @@ def state_facts(
                 console.warn(f"{count:,} {name} rows were dropped (data.on_{reason}=drop)")
     training = config.training
     steps = total_steps(training, len(train))
+    batch = f"{training.per_device_train_batch_size} at a time x {training.gradient_accumulation_steps}"
     console.fact(
         "steps",
-        f"{steps:,} of {training.global_batch_size} examples ({training.per_device_train_batch_size} at a time x "
-        f"{training.gradient_accumulation_steps}), about {steps * (training.global_batch_size or 0) / len(train):.1f} "
-        f"passes; learning rate {training.learning_rate:g}, {training.lr_scheduler_type}",
+        f"{steps:,} of {training.global_batch_size} examples ({batch}), "
+        f"about {steps / steps_per_pass(training, len(train)):.1f} passes; learning rate {training.learning_rate:g}, "
+        f"{training.lr_scheduler_type}; gradient checkpointing {'on' if training.gradient_checkpointing else 'off'}",
     )
     console.fact("device", f"{device_name(device)}, {_dtypes(model, precision)}, attention {attention(model)}")
     _state_memory(config, model, console, device)
@@ -136,7 +155,7 @@ def _state_memory(config: TrainConfig, model: nn.Module, console: RunConsole, de
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     # A gradient and Adam's two moments for each trained weight.
     learning = sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    available = config.hardware.memory_gib or _device_memory(device) / GIB
+    available = _available_gib(config, device)
     needed = (weights + learning) / GIB
     size = f"{needed:.1f} GiB" if needed >= 1 else f"{needed * 1024:.0f} MiB"
     console.fact("memory", f"{size} for weights, gradients and optimizer, plus activations; {available:.0f} GiB there")
@@ -147,7 +166,10 @@ def _state_memory(config: TrainConfig, model: nn.Module, console: RunConsole, de
         )
 
 
-def _device_memory(device: torch.device) -> int:
+def _available_gib(config: TrainConfig, device: torch.device) -> float:
+    """Memory of the device in GiB: what it has, or less where hardware.memory_gib says so."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        there = torch.cuda.get_device_properties(device).total_memory / GIB
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    return min(there, config.hardware.memory_gib or there)

@@ -25,14 +25,26 @@ class Answer:
 
     @property
     def matches(self) -> bool:
-        return self.answer.strip() == self.expected.strip()
+        return _spoken(self.answer) == _spoken(self.expected)
+
+
+def _spoken(answer: str) -> str:
+    """An answer without the thinking in front of it, which templates may add or leave out, and outer white space."""
+    return answer.rpartition("</think>")[2].strip()
 
 
 class AnswerGenerator:
     """Answers prompts with the weights as they are now. One instance serves a whole run."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int | None):
-        self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_new_tokens: int | None,
+        autocast: torch.dtype | None,
+    ):
+        self.model, self.tokenizer, self.max_new_tokens, self.autocast = model, tokenizer, max_new_tokens, autocast
 
     def answer(self, conversations: list[list[Message]]) -> list[Answer]:
         """Generate the last assistant turn of each conversation from the turns before it."""
@@ -76,14 +88,16 @@ class AnswerGenerator:
             pad_token_id=self.tokenizer.pad_token_id,
             bos_token_id=own.bos_token_id,
         )
-        output = self.model.generate(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=config
-        )
+        # As in training: trained weights in float32 meet frozen ones in 16 bits.
+        with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+            output = self.model.generate(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=config
+            )
         return self.tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def exact_match(answers: list[Answer]) -> float:
-    """The share of answers equal to the expected one, surrounding white space aside."""
+    """The share of answers equal to the expected one, thinking and outer white space aside."""
     return sum(answer.matches for answer in answers) / len(answers)
 
 

@@ -1,6 +1,7 @@
 """One run from the first measurement to the delivered model, for any recipe that has a trainer and data."""
 
 import resource
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from llmkit import rundir
 from llmkit.config import TrainConfig
 from llmkit.data.formats import Message
 from llmkit.data.prepare import PreparedData, Split
+from llmkit.errors import ConfigError
 from llmkit.training import checkpoints
 from llmkit.training.callbacks import BestWeights, Reporting, Samples, StopAtStepEnd
 from llmkit.training.console import RunConsole
@@ -46,20 +48,27 @@ class Session:
         tokenizer: PreTrainedTokenizerBase,
         console: RunConsole,
         stop: StopRequest,
+        *,
+        autocast: torch.dtype | None,
     ):
         self.config, self.run_dir, self.trainer, self.data = config, run_dir, trainer, data
         self.tokenizer, self.console, self.stop = tokenizer, console, stop
         self.began = time.monotonic()
         self.checkpoint = checkpoints.latest(run_dir)
-        step = checkpoints.step_of(self.checkpoint) if self.checkpoint else None
+        step, earlier_seconds = self._manifest()
+        self.began -= earlier_seconds
+        trainer.facts = lambda: {"dataset_fingerprint": data.fingerprint, "seconds": time.monotonic() - self.began}
         earlier = [r for r in read_metrics(run_dir) if r["step"] == 0] if self.checkpoint else []
         self.base: dict[str, float] = {k: r[k] for r in earlier for k in FIGURES if k in r}
         self.figures: dict[str, float] = {}
         self.stopped = False  # before the last step
+        self.final_is = "last"
         self.metrics = MetricsFile(run_dir, keep_through_step=step)
         (run_dir / rundir.NON_FINITE_BATCH).unlink(missing_ok=True)
         self.tracker = start_tracker(config, run_dir)
-        self.generator = AnswerGenerator(trainer.model, tokenizer, max_new_tokens=config.evaluation.max_new_tokens)
+        self.generator = AnswerGenerator(
+            trainer.model, tokenizer, max_new_tokens=config.evaluation.max_new_tokens, autocast=autocast
+        )
         prompts = questions(data.validation or data.train)[: config.evaluation.samples]
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Reporting(self.metrics, console, self.tracker))
@@ -84,12 +93,24 @@ class Session:
         summary = {**self.figures, "train_loss": mean_loss(read_metrics(self.run_dir))}
         self.tracker.finish(plots=[plot] if plot else [], summary=summary, failed=kind is not None)
 
+    def _manifest(self) -> tuple[int | None, float]:
+        """Step and seconds so far of the checkpoint to go on from. Raises ConfigError if it saw other data."""
+        if self.checkpoint is None:
+            return None, 0.0
+        manifest = checkpoints.read_manifest(self.checkpoint)
+        if manifest["dataset_fingerprint"] != self.data.fingerprint:
+            raise ConfigError(
+                f"{self.run_dir}: the data has changed since {self.checkpoint.name} was saved, so the run cannot go on "
+                "as it began. Restore the data, or train on the new under another name=."
+            )
+        return manifest["step"], manifest["seconds"]
+
     def measure_base(self) -> None:
         """The figures of the untrained model, which those after training stand beside."""
         if self.checkpoint or not self.config.evaluation.baseline:
             return
         self.console.fact("before", "figures and answers of the untrained model")
-        self.base = self._measure("before")
+        self.base = self._measure()
 
     def train(self) -> None:
         """Train to the end, or to the step at which a stop was asked for."""
@@ -104,8 +125,9 @@ class Session:
         if self.stopped:
             return
         if self.best and (step := self.best.restore()):
+            self.final_is = "best"
             self.console.fact("final", f"the weights of step {step}, the best evaluation")
-        self.figures = self._measure("after")
+        self.figures = self._measure()
         self._print_comparison()
 
     def deliver(self) -> dict[str, Any]:
@@ -120,27 +142,28 @@ class Session:
         card = model_card(self.config, {"train_loss": result["train_loss"]} | self.figures)
         final = save_final(self.trainer.model, self.tokenizer, self.config, self.run_dir, card)
         self.console.fact("final", f"{final}")
-        self.console.fact("repeat", f"llmkit train {self.run_dir / rundir.CONFIG}")
+        repeat = shlex.join(["llmkit", "train", str(self.run_dir / rundir.CONFIG)])
+        self.console.fact("repeat", repeat)
         if self.config.lora is not None:
-            self.console.fact("sweep", f"llmkit train {self.run_dir / rundir.CONFIG} -m lora.r=4,8,16")
+            self.console.fact("sweep", f"{repeat} -m lora.r=4,8,16")
         self.console.fact("serve", serve_command(self.config, final))
         return result
 
-    def _measure(self, when: str) -> dict[str, float]:
+    def _measure(self) -> dict[str, float]:
+        """The figures of the model as it is now. metrics.jsonl gets them unless it has moved back to its best step."""
         figures: dict[str, float] = {}
         state = self.trainer.state
-        if self.data.validation:
+        if self.best and self.final_is == "best":
+            figures["eval_loss"] = self.best.best
+        elif self.data.validation:
             logged = [r for r in read_metrics(self.run_dir) if r["step"] == state.global_step and "eval_loss" in r]
-            moved = self.best is not None and when == "after"
-            figures["eval_loss"] = (
-                logged[-1]["eval_loss"] if logged and not moved else self.trainer.evaluate()["eval_loss"]
-            )
+            figures["eval_loss"] = logged[-1]["eval_loss"] if logged else self.trainer.evaluate()["eval_loss"]
         for name, split in (("exact_match", self.data.validation), ("train_exact_match", self.data.train)):
             asked = questions(split)[: self.config.evaluation.examples] if split else []
             if asked:
                 figures[name] = exact_match(self.generator.answer(asked))
         matches = {name: value for name, value in figures.items() if name != "eval_loss"}
-        if matches:
+        if matches and self.final_is == "last":
             record = self.metrics.append(matches, step=state.global_step, epoch=state.epoch)
             self.tracker.log(record or {})
         return figures
@@ -152,17 +175,12 @@ class Session:
             return f"{value:.4f}" if name == "eval_loss" else f"{value:.1%}"
 
         rows = [
-            [label, shown(name, self.base.get(name)), shown(name, self.figures[name])]
+            [label, *([shown(name, self.base.get(name))] if self.base else []), shown(name, self.figures[name])]
             for name, label in FIGURES.items()
             if name in self.figures
         ]
         if rows:
-            self.console.table(f"{self.run_dir}", ["", "before", "after"], rows)
-
-    def _objective(self) -> str:
-        """What runs are compared by; without held-out rows the only loss there is."""
-        unseen = self.config.objective == "eval_loss" and self.data.validation is None
-        return "train_loss" if unseen else self.config.objective
+            self.console.table(str(self.run_dir), ["", *(["before"] if self.base else []), "after"], rows)
 
     def _result(self) -> dict[str, Any]:
         config, state, seconds = self.config, self.trainer.state, time.monotonic() - self.began
@@ -180,8 +198,8 @@ class Session:
             "eval_loss": figures.get("eval_loss"),
             "exact_match": figures.get("exact_match"),
             "train_exact_match": figures.get("train_exact_match"),
-            "objective": figures.get(self._objective()),
-            "objective_name": self._objective(),
+            "objective": figures.get(config.objective),
+            "objective_name": config.objective,
             "base": self.base,
             "tokens": last_tokens(records),
             "tokens_per_second": sorted(rates)[len(rates) // 2] if rates else None,
@@ -191,7 +209,7 @@ class Session:
             "device_seconds": round(seconds * devices, 2),
             "cost": None if price is None else round(seconds * devices / 3600 * price, 4),
             "base_model": base_model(config),
-            "final_is": "best" if self.best else "last",
+            "final_is": self.final_is,
             "method": config.method.name,
             "model_dir": None if self.stopped else rundir.FINAL,
             "dataset_fingerprint": self.data.fingerprint,

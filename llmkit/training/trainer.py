@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class RunMixin:
         self.run_dir = run_dir
         self._batches_of_step: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = []
         self._overflows = 0
+        self.facts: Callable[[], dict[str, Any]] = dict  # what a checkpoint's manifest says of the run
         self._evaluated = torch.zeros(2)  # summed loss and learnt tokens of the evaluation under way
         super().__init__(*args, **kwargs)
 
@@ -103,7 +105,7 @@ class RunMixin:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
         step = self.state.global_step
         written = Path(self.args.output_dir) / f"checkpoint-{step}"
-        checkpoints.commit(written, self.run_dir, step=step)
+        checkpoints.commit(written, self.run_dir, step=step, facts=self.facts())
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Ours is written at the end, for what a user loads."""

@@ -12,6 +12,7 @@ import pytest
 
 from llmkit.config import load
 
+CHECKOUT = Path(__file__).parents[2]
 FAST = ("training.max_steps=4", "evaluation=off", "training.logging_steps=1")
 
 
@@ -100,6 +101,55 @@ def test_hydras_own_sweep_directory_is_honoured(run_llmkit, tmp_path):
 
     assert done.returncode == 0, done.stderr
     assert sweep_of(tmp_path / "mine")[0]["status"] == "completed"
+
+
+def test_a_sweep_needs_no_other_package_to_bring_hydras_plugin_namespace(run_llmkit, tmp_path):
+    """The train layer has no hydra plugin; the test environment may."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class NoPlugins:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'hydra_plugins':\n"
+        "            raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, NoPlugins())\n"
+    )
+    done = run_llmkit("train", "-m", "lora.r=2", "name=s", *FAST, env={"PYTHONPATH": f"{tmp_path}:{CHECKOUT}"})
+
+    assert done.returncode == 0, done.stderr
+    assert sweep_of(tmp_path / "runs/s")[0]["status"] == "completed"
+
+
+def test_a_second_signal_ends_a_sweep_at_once_and_starts_no_other_job(tmp_path):
+    driver = start(tmp_path, "name=long", "-m", "lora.r=4,8", *LONG)
+    wait_for_steps(tmp_path / "runs/long/r=4/metrics.jsonl", 1)
+
+    driver.send_signal(signal.SIGINT)
+    time.sleep(0.01)
+    driver.send_signal(signal.SIGINT)
+    output = driver.communicate(timeout=60)[0]
+
+    assert driver.returncode == 75, output
+    assert "The same command goes on." in output
+    first, second = sweep_of(tmp_path / "runs/long")
+    assert first["status"] in ("stopped", "preempted")
+    assert second["status"] == "waiting"
+
+
+def test_wrong_input_that_the_worker_finds_leaves_no_run_directory(run_llmkit, chats_file, tmp_path):
+    done = run_llmkit("train", f"data.path={chats_file('not json')}", "name=bad")
+
+    assert done.returncode == 2
+    assert not (tmp_path / "runs/bad").exists()
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(tmp_path):
+    driver = start(tmp_path, "name=piped", "training.max_steps=30", "evaluation=off", "training.logging_steps=1")
+    driver.stdout.readline()
+    driver.stdout.close()
+
+    driver.wait(timeout=120)
+
+    assert json.loads((tmp_path / "runs/piped/result.json").read_text())["status"] == "completed"
 
 
 def start(run_llmkit_cwd: Path, *arguments: str) -> subprocess.Popen:

@@ -208,24 +208,22 @@ def test_the_training_loss_is_the_mean_over_all_steps(train):
     assert some.result["train_loss"] == pytest.approx(every.result["train_loss"], rel=1e-5)
 
 
-def test_a_stopped_run_saves_its_step_and_the_same_config_goes_on_from_it(train, tmp_path):
+def test_a_stopped_run_saves_its_step_and_the_same_config_goes_on_from_it(train, tmp_path, monkeypatch):
+    from llmkit.training.callbacks import StopAtStepEnd
     from llmkit.training.stopping import StopRequest
 
-    class AfterThreeSteps(StopRequest):
-        asked = 0
+    stop, end_of_step = StopRequest(), StopAtStepEnd.on_step_end
 
-        @property
-        def signal(self):
-            self.asked += 1
-            return "SIGINT" if self.asked > 3 else None
-
-        @signal.setter
-        def signal(self, value):
-            assert value is None
+    def ask_at_step_3(callback, args, state, control, **more):
+        stop.signal = "SIGINT" if state.global_step == 3 else None
+        end_of_step(callback, args, state, control, **more)
 
     run_dir = tmp_path / "run"
     steps = ["training.max_steps=8", "training.logging_steps=1", "lora.lora_dropout=0.1"]
-    stopped = train(*steps, run_dir=run_dir, stop=AfterThreeSteps())
+    with monkeypatch.context() as patch:
+        patch.setattr(StopAtStepEnd, "on_step_end", ask_at_step_3)
+        stopped = train(*steps, run_dir=run_dir, stop=stop)
+    assert stopped.result["steps"] == 3
     assert stopped.result["status"] == "preempted"
     assert (run_dir / "checkpoints" / f"step-{stopped.result['steps']:08d}" / "MANIFEST.json").exists()
     assert not (run_dir / "final").exists()
@@ -239,3 +237,29 @@ def test_a_stopped_run_saves_its_step_and_the_same_config_goes_on_from_it(train,
         assert resumed.result[key] == straight.result[key], key
     ours, theirs = (load_file(run.final / "adapter_model.safetensors") for run in (resumed, straight))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_does_not_go_on_with_other_data(train, tmp_path, chats_file):
+    from llmkit.training.stopping import StopRequest
+
+    stop, run_dir = StopRequest(), tmp_path / "run"
+    stop.signal = "SIGINT"
+    data = chats_file()
+    words = (f"data.path={data}", "data.validation=null", "training.max_steps=6")
+    train(*words, run_dir=run_dir, stop=stop)
+
+    data.write_text(data.read_text().replace("3+3?", "3 + 3 ="))
+    with pytest.raises(ConfigError, match="the data has changed since step-00000001 was saved"):
+        train(*words, run_dir=run_dir)
+
+
+def test_answers_are_generated_in_the_precision_of_training(train):
+    run = train("method=freeze", "precision=bf16", "data.validation=null", "evaluation.examples=2")
+
+    assert run.result["train_exact_match"] == 0.0
+
+
+def test_a_model_too_large_for_the_device_is_warned_of_before_it_is_loaded(train, capsys):
+    train("hardware=cpu", "hardware.memory_gib=0.001")
+
+    assert "the weights of tiny need 0 GiB" in capsys.readouterr().err

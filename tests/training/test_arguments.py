@@ -14,7 +14,9 @@ from llmkit.training.arguments import deepspeed_dict, total_steps, training_argu
 
 
 def arguments(config: TrainConfig, precision: str = "fp32") -> dict:
-    return training_arguments(config, output_dir=Path("out"), precision=KINDS[precision], device=torch.device("cpu"))
+    return training_arguments(
+        config, output_dir=Path("out"), precision=KINDS[precision], device=torch.device("cpu"), steps=100
+    )
 
 
 def test_every_training_setting_changes_what_the_trainer_is_given():

@@ -1,6 +1,5 @@
 """A user's mistake ends in exit code 2 and one short message: key, value, what is legal, the nearest known name."""
 
-import json
 import shutil
 from pathlib import Path
 

@@ -55,20 +55,21 @@ def prepare_data(data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, max_le
     """
     rows = read_training_rows(data)
     messages = to_messages(rows, data.format)
-    validation = None
+    encoded = []
     if isinstance(data.validation, str):
         held_out_rows = read_validation_rows(data.validation)
-        held_out = to_messages(held_out_rows, data.format)
-        validation = tokenize(held_out_rows, held_out, tokenizer, data, max_length=max_length)
+        encoded.append(encode(held_out_rows, to_messages(held_out_rows, data.format), tokenizer))
     elif data.validation:
         chosen = held_out_indices(messages, data.validation)
-        held_out_rows, held_out = [rows[i] for i in chosen], [messages[i] for i in chosen]
         rest = sorted(set(range(len(rows))) - set(chosen))
         if not rest:
             raise DataError(f"data.validation={data.validation} holds out all {len(rows)} rows; null holds out none.")
+        encoded.append(encode([rows[i] for i in chosen], [messages[i] for i in chosen], tokenizer))
         rows, messages = [rows[i] for i in rest], [messages[i] for i in rest]
-        validation = tokenize(held_out_rows, held_out, tokenizer, data, max_length=max_length)
-    train = tokenize(rows, messages, tokenizer, data, max_length=max_length)
+    encoded.insert(0, encode(rows, messages, tokenizer))
+    check_rows(encoded, data, max_length=max_length)
+    train, *held_out = [select(rows_of_split, max_length=max_length) for rows_of_split in encoded]
+    validation = held_out[0] if held_out else None
     return PreparedData(train=train, validation=validation, fingerprint=_fingerprint(train, validation))
 
 
@@ -87,14 +88,21 @@ def _content_hash(conversation: list[Message]) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def tokenize(
-    rows: list[Row],
-    messages: list[list[Message]],
-    tokenizer: PreTrainedTokenizerBase,
-    data: DataConfig,
-    *,
-    max_length: int,
-) -> Split:
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Rows in tokens, before any is refused or dropped. `empty` rows have no answer to learn from."""
+
+    rows: list[Row]
+    messages: list[list[Message]]
+    texts: list[str]
+    ids: list[np.ndarray]
+    labels: list[np.ndarray]
+    lengths: np.ndarray
+    supervised: np.ndarray
+    empty: np.ndarray
+
+
+def encode(rows: list[Row], messages: list[list[Message]], tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """Token ids of each rendered conversation; labels are the ids inside answers and IGNORED elsewhere."""
     texts, spans = [], []
     for row, conversation in zip(rows, messages, strict=True):
@@ -111,39 +119,62 @@ def tokenize(
     for start in range(0, len(texts), TOKENIZED_AT_ONCE):
         part = slice(start, start + TOKENIZED_AT_ONCE)
         # The template writes the special tokens; the tokenizer must not add its own a second time.
-        encoded = tokenizer(texts[part], add_special_tokens=False, return_offsets_mapping=True)
-        for row_ids, offsets, row_spans in zip(
-            encoded["input_ids"], encoded["offset_mapping"], spans[part], strict=True
-        ):
+        tokens = tokenizer(texts[part], add_special_tokens=False, return_offsets_mapping=True)
+        for row_ids, offsets, row_spans in zip(tokens["input_ids"], tokens["offset_mapping"], spans[part], strict=True):
             ids.append(np.asarray(row_ids, dtype=np.int32))
             labels.append(_labels(ids[-1], np.asarray(offsets, dtype=np.int64).reshape(-1, 2), row_spans))
-    lengths = np.array([len(row_ids) for row_ids in ids])
     supervised = np.array([(row_labels != IGNORED).sum() for row_labels in labels])
-    overlong, empty = lengths > max_length, supervised == 0
-    if overlong.any() and data.on_overlong == "error":
-        first = int(overlong.argmax())
+    # An end of turn alone is nothing to learn.
+    blank = np.array([not any(m["content"].strip() for m in turns if m["role"] == "assistant") for turns in messages])
+    return Encoded(
+        rows=rows,
+        messages=messages,
+        texts=texts,
+        ids=ids,
+        labels=labels,
+        lengths=np.array([len(row_ids) for row_ids in ids]),
+        supervised=supervised,
+        empty=(supervised == 0) | blank,
+    )
+
+
+def check_rows(splits: list[Encoded], data: DataConfig, *, max_length: int) -> None:
+    """Refuse rows that are too long or have nothing to learn, unless they are to be dropped.
+
+    Raises DataError that counts over all splits, so that following its advice is enough.
+    """
+    total = sum(len(split.rows) for split in splits)
+    overlong = [(split, int(i)) for split in splits for i in np.flatnonzero(split.lengths > max_length)]
+    if overlong and data.on_overlong == "error":
+        (first, index), longest = overlong[0], max(int(split.lengths.max()) for split in splits)
         raise DataError(
-            f"{overlong.sum():,} of {len(rows):,} rows exceed {max_length:,} tokens (the first: "
-            f"{rows[first].place()}): data.max_length={lengths.max()} takes them all, data.on_overlong=drop leaves "
-            "them out."
+            f"{len(overlong):,} of {total:,} rows exceed {max_length:,} tokens (the first: "
+            f"{first.rows[index].place()}): data.max_length={longest} takes them all, "
+            "data.on_overlong=drop leaves them out."
         )
-    if empty.any() and data.on_empty == "error":
-        first = int(empty.argmax())
+    empty = [(split, int(i)) for split in splits for i in np.flatnonzero(split.empty)]
+    if empty and data.on_empty == "error":
+        first, index = empty[0]
         raise DataError(
-            f"{empty.sum():,} of {len(rows):,} rows have no answer to learn from (the first: {rows[first].place()}: "
-            f"{texts[first][:200]!r}); data.on_empty=drop leaves them out."
+            f"{len(empty):,} of {total:,} rows have no answer to learn from (the first: {first.rows[index].place()}: "
+            f"{first.texts[index][:200]!r}); data.on_empty=drop leaves them out."
         )
-    keep = np.flatnonzero(~overlong & ~empty)
+
+
+def select(rows: Encoded, *, max_length: int) -> Split:
+    """The rows that stay, as the trainer takes them. Raises DataError if none does."""
+    overlong = rows.lengths > max_length
+    keep = np.flatnonzero(~overlong & ~rows.empty)
     if not len(keep):
-        raise DataError(f"{rows[0].source}: all {len(rows):,} rows are dropped; nothing is left.")
-    ids, labels = [ids[i] for i in keep], [labels[i] for i in keep]
+        raise DataError(f"{rows.rows[0].source}: all {len(rows.rows):,} rows are dropped; nothing is left.")
+    ids, labels = [rows.ids[i] for i in keep], [rows.labels[i] for i in keep]
     return Split(
         dataset=datasets.Dataset(pa.table({"input_ids": _arrow_lists(ids), "labels": _arrow_lists(labels)})),
-        messages=[messages[i] for i in keep],
-        tokens=int(lengths[keep].sum()),
-        supervised_tokens=int(supervised[keep].sum()),
-        longest=int(lengths[keep].max()),
-        dropped={"overlong": int(overlong.sum()), "empty": int((empty & ~overlong).sum())},
+        messages=[rows.messages[i] for i in keep],
+        tokens=int(rows.lengths[keep].sum()),
+        supervised_tokens=int(rows.supervised[keep].sum()),
+        longest=int(rows.lengths[keep].max()),
+        dropped={"overlong": int(overlong.sum()), "empty": int((rows.empty & ~overlong).sum())},
         end_tokens=frozenset(int(token) for row_labels in labels for token in _last_of_each_answer(row_labels)),
     )
 

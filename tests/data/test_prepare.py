@@ -4,11 +4,11 @@ import copy
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from llmkit.config.schema import DataConfig
-from llmkit.data.prepare import IGNORED, held_out_indices, prepare_data, tokenize
+from llmkit.data.prepare import IGNORED, check_rows, encode, held_out_indices, prepare_data, select
 from llmkit.data.sources import Row
 from llmkit.errors import DataError
 
@@ -20,7 +20,9 @@ def chat(*contents):
 
 def split_of(tokenizer, *conversations, max_length=2048, **settings):
     rows = [Row({}, "chats.jsonl", number) for number in range(1, len(conversations) + 1)]
-    return tokenize(rows, list(conversations), tokenizer, DataConfig(**settings), max_length=max_length)
+    encoded = encode(rows, list(conversations), tokenizer)
+    check_rows([encoded], DataConfig(**settings), max_length=max_length)
+    return select(encoded, max_length=max_length)
 
 
 def learnt(split, row=0) -> list[int]:
@@ -69,6 +71,7 @@ def test_more_rows_than_are_tokenized_at_once_come_out_in_order(tiny_tokenizer, 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(contents=st.lists(st.text(max_size=15) | st.sampled_from([" ", "\n\n", "    x"]), min_size=2, max_size=6))
 def test_any_conversation_learns_exactly_its_answers_and_their_ends(tiny_tokenizer, contents):
+    assume(any(content.strip() for content in contents[1::2]))
     split = split_of(tiny_tokenizer, chat(*contents))
 
     row = split.dataset[0]
@@ -245,3 +248,20 @@ def test_the_fingerprint_changes_with(prepare, other):
 def test_the_fingerprint_changes_with_what_is_learnt(prepare, tiny_tokenizer):
     plain = prepare(*TEN, validation=None).fingerprint
     assert prepare(*TEN, validation=0.2).fingerprint != plain
+
+
+def test_the_advice_on_rows_that_are_too_long_holds_for_both_splits(prepare, tmp_path):
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({"messages": chat("q", "a " * 30)}) + "\n")
+    conversations = [chat("q", "a " * 60), chat("q", "a")]
+
+    with pytest.raises(DataError, match="2 of 3 rows exceed 20 tokens") as refused:
+        prepare(*conversations, validation=str(held_out), max_length=20)
+
+    advised = int(str(refused.value).split("data.max_length=")[1].split()[0])
+    assert prepare(*conversations, validation=str(held_out), max_length=advised).train.longest == advised
+
+
+def test_a_row_whose_answer_is_blank_has_nothing_to_learn(prepare):
+    with pytest.raises(DataError, match="1 of 2 rows have no answer to learn from"):
+        prepare(chat("q", " "), chat("q", "a"), validation=None)

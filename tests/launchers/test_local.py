@@ -225,3 +225,28 @@ def test_a_run_directory_has_one_writer(tmp_path, run_llmkit):
     driver.communicate(timeout=60)
     assert second.returncode == 2
     assert f"runs/long is in use by process {driver.pid}" in second.stderr
+
+
+def test_jobs_of_a_sweep_are_given_one_visible_gpu_each(run_llmkit, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if 'LLMKIT_DRIVER' in os.environ:\n"
+        "    with open(os.environ['SEEN'], 'a') as file:\n"
+        "        file.write(os.environ['CUDA_VISIBLE_DEVICES'] + '\\n')\n"
+    )
+    env = {"CUDA_VISIBLE_DEVICES": "3,5", "SEEN": str(tmp_path / "seen"), "PYTHONPATH": f"{tmp_path}:{CHECKOUT}"}
+
+    done = run_llmkit("train", "-m", "seed=1,2", "name=two", "training.max_steps=1", "evaluation=off", env=env)
+
+    assert done.returncode == 0, done.stderr
+    assert sorted((tmp_path / "seen").read_text().split()) == ["3", "5"]
+
+
+def test_a_run_imports_no_optional_library_that_it_does_not_use(run_llmkit):
+    done = run_llmkit("train", "training.max_steps=1", "evaluation=off", env={"PYTHONPROFILEIMPORTTIME": "1"})
+
+    assert done.returncode == 0
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert {"torch", "trl", "peft"} <= imported
+    unused = ("bitsandbytes.", "wandb.", "deepspeed.", "vllm.", "ray.", "mistral_common.")  # with a part of theirs
+    assert [name for name in imported if name.startswith(unused)] == []

@@ -33,9 +33,12 @@ def run_here(config: TrainConfig, run_dir: Path) -> int:
         return EXIT_DONE
     if config.launcher.max_parallel is not None:
         print("warning: launcher.max_parallel has no effect on a single run; it is for sweeps (-m).", file=sys.stderr)
+    # One process trains on one device; TRL refuses a process that sees several.
+    gpus = [] if config.hardware.device == "cpu" else _visible_gpus()
+    env = {"CUDA_VISIBLE_DEVICES": gpus[0]} if gpus else {}
     with prepare(config, run_dir) as lock, _forwarded_signals() as workers:
-        worker = start_worker(run_dir, lock=lock)
-        workers.append(worker)
+        worker = start_worker(run_dir, lock=lock, env=env)
+        workers.add(worker)
         code = _exit_code(worker.wait(), run_dir, stopped=workers.stopped)
     if code == EXIT_WRONG_INPUT:
         rundir.discard_unused(run_dir)
@@ -88,6 +91,12 @@ class _Workers(list[subprocess.Popen]):
     """The workers that run now, and whether a signal asked them to stop."""
 
     stopped = False
+
+    def add(self, worker: subprocess.Popen) -> None:
+        """A worker that was started while a signal came in is stopped too."""
+        self.append(worker)
+        if self.stopped:
+            worker.terminate()
 
 
 @contextlib.contextmanager
@@ -176,7 +185,7 @@ def _run_all(sweep: Sweep) -> None:
                     sweep.fail(job, str(error))
                     continue
                 del slots[0]
-                workers.append(running[-1].process)
+                workers.add(running[-1].process)
                 sweep.record(job, status="running")
             for run in [run for run in running if run.process.poll() is not None]:
                 running.remove(run)

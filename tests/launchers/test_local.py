@@ -227,7 +227,8 @@ def test_a_run_directory_has_one_writer(tmp_path, run_llmkit):
     assert f"runs/long is in use by process {driver.pid}" in second.stderr
 
 
-def test_jobs_of_a_sweep_are_given_one_visible_gpu_each(run_llmkit, tmp_path):
+@pytest.mark.parametrize(("words", "seen"), [(("-m", "seed=1,2"), ["3", "5"]), (("seed=1",), ["3"])])
+def test_every_job_and_every_single_run_is_given_one_visible_gpu(run_llmkit, tmp_path, words, seen):
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
         "if 'LLMKIT_DRIVER' in os.environ:\n"
@@ -236,10 +237,10 @@ def test_jobs_of_a_sweep_are_given_one_visible_gpu_each(run_llmkit, tmp_path):
     )
     env = {"CUDA_VISIBLE_DEVICES": "3,5", "SEEN": str(tmp_path / "seen"), "PYTHONPATH": f"{tmp_path}:{CHECKOUT}"}
 
-    done = run_llmkit("train", "-m", "seed=1,2", "name=two", "training.max_steps=1", "evaluation=off", env=env)
+    done = run_llmkit("train", *words, "name=two", "training.max_steps=1", "evaluation=off", env=env)
 
     assert done.returncode == 0, done.stderr
-    assert sorted((tmp_path / "seen").read_text().split()) == ["3", "5"]
+    assert sorted((tmp_path / "seen").read_text().split()) == seen
 
 
 def test_a_run_imports_no_optional_library_that_it_does_not_use(run_llmkit):

@@ -76,7 +76,7 @@ def _exit_code(returncode: int, run_dir: Path, *, stopped: bool) -> int:
     if returncode < 0 and stopped:
         if rundir.read_result(run_dir) is None:
             reason = f"stopped by {signal.Signals(-returncode).name} before it had saved a step"
-            rundir.write_json(run_dir / rundir.RESULT, {"status": "stopped", "error": reason, "objective": None})
+            rundir.write_result(run_dir, status="stopped", error=reason)
             print(f"{run_dir}: {reason}.", file=sys.stderr)
         return EXIT_PREEMPTED
     if returncode < 0:
@@ -147,15 +147,15 @@ class LocalLauncher(Launcher):
             resolve(self.context.config_loader.load_sweep_config(self.config, list(overrides)))
             for overrides in job_overrides
         ]
-        try:
-            sweep = Sweep.plan(directory, job_overrides, configs)
-        except ConfigError:
-            with contextlib.suppress(OSError):  # not empty: an earlier sweep's
-                directory.rmdir()
-            raise
-        LocalLauncher.sweep = sweep
-        _run_all(sweep)
-        sweep.finish()
+        with rundir.lock(directory):
+            try:
+                sweep = Sweep.plan(directory, job_overrides, configs)
+            except ConfigError:
+                rundir.discard_unused(directory)
+                raise
+            LocalLauncher.sweep = sweep
+            _run_all(sweep)
+            sweep.finish()
         returns = []
         for job in sweep.jobs_of_this_command:
             record = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)

@@ -45,6 +45,10 @@ def prepare(config: TrainConfig, run_dir: Path) -> IO[str]:
     A run that goes on keeps what its worker had found out (precision, the model's commit, ...), on any machine.
     """
     lock = rundir.lock(run_dir)
+    result = rundir.read_result(run_dir)
+    if result is not None and result["status"] == "completed":
+        lock.close()
+        raise ConfigError(f"{run_dir} has just been finished by another process; nothing was changed.")
     if (run_dir / rundir.METRICS).exists():
         adopt_findings(config, load(run_dir))
     (run_dir / rundir.RESULT).unlink(missing_ok=True)

@@ -21,6 +21,33 @@ NON_FINITE_BATCH = "nonfinite_batch.json"
 SWEEP = "sweep.json"
 LOCK = ".lock"
 
+# The keys of result.json, present in every one: null where a run did not come that far.
+RESULT_KEYS = (
+    "status",  # completed, failed, preempted (resumable) or stopped (before a step was saved)
+    "error",
+    "steps",
+    "train_loss",
+    "eval_loss",
+    "exact_match",
+    "train_exact_match",
+    "objective",
+    "objective_name",
+    "base",  # the figures of the untrained model
+    "tokens",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "seconds",
+    "device",
+    "device_seconds",
+    "cost",
+    "base_model",
+    "final_is",
+    "method",
+    "model_dir",
+    "dataset_fingerprint",
+    "versions",
+)
+
 
 def default_run_dir(name: str | None = None) -> str:
     """`runs/<name>`, or `runs/<date>_<time>` for a run without a name."""
@@ -47,6 +74,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def read_result(run_dir: Path) -> dict[str, Any] | None:
     """The run's `result.json`, or None while there is none."""
     return read_json(run_dir / RESULT)
+
+
+def write_result(run_dir: Path, **known: Any) -> None:
+    """Write `result.json` with every key of the contract, null where it is not known."""
+    assert set(known) <= set(RESULT_KEYS), set(known) - set(RESULT_KEYS)
+    write_json(run_dir / RESULT, dict.fromkeys(RESULT_KEYS) | known)
 
 
 def discard_unused(run_dir: Path) -> None:

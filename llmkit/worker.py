@@ -23,6 +23,7 @@ from llmkit.cli import print_error
 from llmkit.config import TrainConfig, load
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError, LlmkitError
 from llmkit.training.stopping import StopRequest
+from llmkit.training.versions import versions
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -58,14 +59,17 @@ def _run(config: TrainConfig, run_dir: Path) -> int:
         result = recipe.run(config, run_dir, RunConsole(), stop)
     except Exception as error:
         message = _explain(error)
-        rundir.write_json(run_dir / rundir.RESULT, _failure(config, message))
+        method = config.method.name
+        rundir.write_result(
+            run_dir, status="failed", error=message, objective_name=config.objective, method=method, versions=versions()
+        )
         if isinstance(error, LlmkitError):
             print_error(error)
             return error.exit_code
         traceback.print_exc()
         print(f"error: {message}", file=sys.stderr)
         return EXIT_FAILED
-    rundir.write_json(run_dir / rundir.RESULT, result)
+    rundir.write_result(run_dir, **result)
     return EXIT_DONE if result["status"] == "completed" else EXIT_PREEMPTED
 
 
@@ -82,10 +86,6 @@ def _no_garbage_collection() -> Iterator[None]:
         gc.freeze()
         gc.enable()
     atexit.register(gc.unfreeze)  # else libraries in C++ report their objects as leaks at exit
-
-
-def _failure(config: TrainConfig, message: str) -> dict[str, Any]:
-    return {"status": "failed", "error": message, "objective": None, "objective_name": config.objective}
 
 
 def _explain(error: Exception) -> str:

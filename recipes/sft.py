@@ -19,6 +19,7 @@ from llmkit.training.arguments import total_steps, training_arguments
 from llmkit.training.checkpoints import PARTIAL
 from llmkit.training.console import RunConsole
 from llmkit.training.facts import (
+    check_disk,
     complete_config,
     learn_to_stop,
     settle_gradient_checkpointing,
@@ -50,6 +51,7 @@ def run(config: TrainConfig, run_dir: Path, console: RunConsole, stop: StopReque
     model = apply_method(model, config, precision)
     settle_gradient_checkpointing(config, model, run_dir)
     state_facts(config, model, data, console, device=device, precision=precision)
+    check_disk(config, model, run_dir)
 
     arguments = training_arguments(
         config,

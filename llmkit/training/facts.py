@@ -1,6 +1,7 @@
 """What only the training machine knows: completed in the config, and stated before training, one fact a line."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,18 @@ def state_facts(
     _state_memory(config, model, console, device)
 
 
+def check_disk(config: TrainConfig, model: nn.Module, run_dir: Path) -> None:
+    """Refuse to train what could not be saved. Raises ConfigError with the numbers."""
+    saved = [p for p in model.parameters() if p.requires_grad or config.lora is None]
+    needed = sum(p.numel() * p.element_size() for p in saved)
+    free = shutil.disk_usage(run_dir).free
+    if needed > free:
+        raise ConfigError(
+            f"{run_dir}: the trained weights need {in_units(needed)} and the disk has {in_units(free)} free; "
+            "make room, or choose run_dir= on another disk."
+        )
+
+
 def _dtypes(model: nn.Module, precision: Precision) -> str:
     def names(trained: bool) -> str:
         kinds = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad == trained}
@@ -157,13 +170,20 @@ def _state_memory(config: TrainConfig, model: nn.Module, console: RunConsole, de
     learning = sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     available = _available_gib(config, device)
     needed = (weights + learning) / GIB
-    size = f"{needed:.1f} GiB" if needed >= 1 else f"{needed * 1024:.0f} MiB"
-    console.fact("memory", f"{size} for weights, gradients and optimizer, plus activations; {available:.0f} GiB there")
+    console.fact(
+        "memory",
+        f"{in_units(weights + learning)} for weights, gradients and optimizer, plus activations; {available:.0f} GiB there",
+    )
     if needed > 0.9 * available:
         console.warn(
             f"that leaves too little of {available:.0f} GiB for activations: method=lora or qlora, precision=bf16_pure "
             "or deepspeed=zero3_offload need less."
         )
+
+
+def in_units(size: int) -> str:
+    """A number of bytes as `1.5 GiB` or `4 MiB`."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
 
 
 def _available_gib(config: TrainConfig, device: torch.device) -> float:

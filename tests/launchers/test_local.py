@@ -135,6 +135,34 @@ def test_a_second_signal_ends_a_sweep_at_once_and_starts_no_other_job(tmp_path):
     assert second["status"] == "waiting"
 
 
+def test_a_sweep_that_runs_is_not_started_twice(tmp_path, run_llmkit):
+    words = ("name=long", "-m", "lora.r=4,8", *LONG)
+    driver = start(tmp_path, *words)
+    wait_for_steps(tmp_path / "runs/long/r=4/metrics.jsonl", 1)
+    before = sweep_of(tmp_path / "runs/long")
+
+    second = run_llmkit("train", *words)
+
+    assert second.returncode == 2
+    assert f"runs/long is in use by process {driver.pid}" in second.stderr
+    assert sweep_of(tmp_path / "runs/long") == before
+    driver.terminate()
+    driver.communicate(timeout=60)
+
+
+def test_every_result_has_the_keys_of_the_contract(run_llmkit, tmp_path):
+    from llmkit.rundir import RESULT_KEYS
+
+    words = ("method=full", "training.max_steps=20", "evaluation=off")
+    assert run_llmkit("train", *words, "name=good").returncode == 0
+    assert run_llmkit("train", *words, "name=bad", "training.learning_rate=1e37").returncode == 1
+
+    good, bad = (json.loads((tmp_path / f"runs/{name}/result.json").read_text()) for name in ("good", "bad"))
+    assert list(good) == list(bad) == list(RESULT_KEYS)
+    assert (good["status"], bad["status"]) == ("completed", "failed")
+    assert "not a finite number" in bad["error"]
+
+
 def test_wrong_input_that_the_worker_finds_leaves_no_run_directory(run_llmkit, chats_file, tmp_path):
     done = run_llmkit("train", f"data.path={chats_file('not json')}", "name=bad")
 

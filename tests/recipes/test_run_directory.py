@@ -253,6 +253,16 @@ def test_a_run_does_not_go_on_with_other_data(train, tmp_path, chats_file):
         train(*words, run_dir=run_dir)
 
 
+def test_a_disk_too_small_for_the_result_is_refused_before_training(train, monkeypatch):
+    import shutil
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+
+    with pytest.raises(ConfigError, match="the trained weights need 0 MiB and the disk has 0 MiB free"):
+        train()
+
+
 def test_answers_are_generated_in_the_precision_of_training(train):
     run = train("method=freeze", "precision=bf16", "data.validation=null", "evaluation.examples=2")
 

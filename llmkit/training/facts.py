@@ -170,10 +170,8 @@ def _state_memory(config: TrainConfig, model: nn.Module, console: RunConsole, de
     learning = sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     available = _available_gib(config, device)
     needed = (weights + learning) / GIB
-    console.fact(
-        "memory",
-        f"{in_units(weights + learning)} for weights, gradients and optimizer, plus activations; {available:.0f} GiB there",
-    )
+    size = in_units(weights + learning)
+    console.fact("memory", f"{size} for weights, gradients and optimizer, plus activations; {available:.0f} GiB there")
     if needed > 0.9 * available:
         console.warn(
             f"that leaves too little of {available:.0f} GiB for activations: method=lora or qlora, precision=bf16_pure "

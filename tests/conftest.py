@@ -41,7 +41,7 @@ def closed_world(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(closed_world: None) -> Path:
-    """The directory of `model=tiny`, built for this session. Read only: copy it to change it."""
+    """The directory of `model=tiny`, built once for all tests. Read only: copy it to change it."""
     from llmkit.model.tiny import tiny_model
 
     return tiny_model()

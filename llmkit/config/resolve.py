@@ -52,7 +52,14 @@ def resolve(config: DictConfig) -> TrainConfig:
 
 def use_absolute_paths(config: TrainConfig) -> None:
     """Name local files by absolute paths, in place: the config is read again from other directories."""
-    for node, key in ((config.data, "path"), (config.data, "validation"), (config.model, "path")):
+    data, model = config.data, config.model
+    for node, key in (
+        (data, "path"),
+        (data, "validation"),
+        (data, "chat_template"),
+        (model, "path"),
+        (model, "chat_template"),
+    ):
         value = getattr(node, key)
         if isinstance(value, str) and value != "demo" and Path(value).exists():
             setattr(node, key, str(Path(value).absolute()))

@@ -172,3 +172,21 @@ def test_a_repeated_run_chooses_the_same_option_of_every_group(compose, tmp_path
     save(compose(f"{group}={option}"), tmp_path)
 
     assert getattr(compose(tmp_path / "config.yaml"), group).name == option
+
+
+def test_local_files_are_named_by_absolute_paths_and_names_of_options_are_not(
+    compose, chats_file, tmp_path, monkeypatch
+):
+    from llmkit.config.resolve import use_absolute_paths
+
+    monkeypatch.chdir(tmp_path)
+    chats_file(name="mine.jsonl")
+    (tmp_path / "mine.jinja").touch()
+    config = compose("data.path=mine.jsonl", "data.chat_template=mine.jinja", "model.chat_template=plain")
+
+    use_absolute_paths(config)
+
+    assert config.data.path == str(tmp_path / "mine.jsonl")
+    assert config.data.chat_template == str(tmp_path / "mine.jinja")
+    assert config.model.chat_template == "plain"
+    assert config.data.validation == 0.05

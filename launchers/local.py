@@ -151,7 +151,9 @@ class LocalLauncher(Launcher):
             try:
                 sweep = Sweep.plan(directory, job_overrides, configs)
             except ConfigError:
-                rundir.discard_unused(directory)
+                (directory / rundir.LOCK).unlink()
+                with contextlib.suppress(OSError):  # not empty: what is there is somebody's
+                    directory.rmdir()
                 raise
             LocalLauncher.sweep = sweep
             _run_all(sweep)

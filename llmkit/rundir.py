@@ -84,7 +84,7 @@ def write_result(run_dir: Path, **known: Any) -> None:
 
 def discard_unused(run_dir: Path) -> None:
     """Remove a run directory in which nothing was trained: wrong input should leave nothing behind."""
-    if {path.name for path in run_dir.iterdir()} <= {CONFIG, RESULT, LOCK, CHECKPOINTS}:
+    if {path.name for path in run_dir.iterdir()} <= {CONFIG, RESULT, LOCK}:
         shutil.rmtree(run_dir, ignore_errors=True)
 
 

@@ -150,6 +150,26 @@ def test_a_sweep_that_runs_is_not_started_twice(tmp_path, run_llmkit):
     driver.communicate(timeout=60)
 
 
+@pytest.mark.parametrize("theirs", ["checkpoints/step-00000001/weights", "config.yaml"])
+def test_a_refused_sweep_removes_nothing_that_was_there(run_llmkit, tmp_path, theirs):
+    kept = tmp_path / "mine" / theirs
+    kept.parent.mkdir(parents=True)
+    kept.write_text("precious")
+
+    done = run_llmkit("train", "-m", "data.path=nowhere,nothing", "hydra.sweep.dir=mine")
+
+    assert done.returncode == 2
+    assert kept.read_text() == "precious"
+    assert not (tmp_path / "mine" / ".lock").exists()
+
+
+def test_a_refused_sweep_leaves_no_directory_of_its_own(run_llmkit, tmp_path):
+    done = run_llmkit("train", "-m", "data.path=nowhere,nothing", "name=s")
+
+    assert done.returncode == 2
+    assert not (tmp_path / "runs" / "s").exists()
+
+
 def test_every_result_has_the_keys_of_the_contract(run_llmkit, tmp_path):
     from llmkit.rundir import RESULT_KEYS
 

@@ -14,6 +14,8 @@ EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
 
 VERBS = {
     "train": "fine-tune a model, or sweep (-m)",
+    "preview": "show what a run would learn, token by token, and audit its data",
+    "fetch": "turn what a Python file of yours yields into checked data",
     "doctor": "show what this machine has and what is missing",
 }
 

@@ -33,6 +33,18 @@ class NonFiniteError(LlmkitError):
     """Training met a loss or gradient that is not a finite number."""
 
 
+class Stopped(LlmkitError):
+    """A signal asked for a stop before the first step: nothing is lost, and nothing is there to go on from."""
+
+    exit_code = EXIT_PREEMPTED
+
+
+class OutOfMemory(LlmkitError):
+    """The settings ask for more memory than the device has: says which settings would fit."""
+
+    exit_code = EXIT_WRONG_INPUT  # the same command would fail again: what helps is another setting
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the nearest known name, or an empty string when nothing is near."""
     by_lower_case = {name.lower(): name for name in known}

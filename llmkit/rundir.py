@@ -17,6 +17,7 @@ FINAL = "final"
 CHECKPOINTS = "checkpoints"
 LOSS_PLOT = "loss.png"
 SAMPLES = "samples.jsonl"
+DATA_AUDIT = "data_audit.json"
 NON_FINITE_BATCH = "nonfinite_batch.json"
 SWEEP = "sweep.json"
 LOCK = ".lock"
@@ -30,9 +31,12 @@ RESULT_KEYS = (
     "eval_loss",
     "exact_match",
     "train_exact_match",
+    "preference_accuracy",
+    "train_preference_accuracy",
+    "test",  # figures on data.test, each with its 95% interval
     "objective",
     "objective_name",
-    "base",  # the figures of the untrained model
+    "base",  # the figures of the model before training
     "tokens",
     "tokens_per_second",
     "peak_memory_bytes",

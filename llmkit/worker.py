@@ -21,7 +21,8 @@ from typing import Any
 from llmkit import rundir
 from llmkit.cli import print_error
 from llmkit.config import TrainConfig, load
-from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError, LlmkitError
+from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError, LlmkitError, Stopped
+from llmkit.training.advice import is_out_of_memory, reason, untried_changes
 from llmkit.training.stopping import StopRequest
 from llmkit.training.versions import versions
 
@@ -58,10 +59,14 @@ def _run(config: TrainConfig, run_dir: Path) -> int:
             recipe = importlib.import_module(f"llmkit.recipes.{config.recipe}")
         result = recipe.run(config, run_dir, RunConsole(), stop)
     except Exception as error:
-        message = _explain(error)
-        method = config.method.name
+        message = _explain(error, config)
         rundir.write_result(
-            run_dir, status="failed", error=message, objective_name=config.objective, method=method, versions=versions()
+            run_dir,
+            status="stopped" if isinstance(error, Stopped) else "failed",
+            error=message,
+            objective_name=config.objective,
+            method=config.method.name,
+            versions=versions(),
         )
         if isinstance(error, LlmkitError):
             print_error(error)
@@ -88,13 +93,10 @@ def _no_garbage_collection() -> Iterator[None]:
     atexit.register(gc.unfreeze)  # else libraries in C++ report their objects as leaks at exit
 
 
-def _explain(error: Exception) -> str:
-    if type(error).__name__ == "OutOfMemoryError":
-        return (
-            "the device is out of memory. In order of cost: training.per_device_train_batch_size smaller with more "
-            "gradient_accumulation_steps; training.gradient_checkpointing=true; data.max_length smaller; method=qlora. "
-            f"({str(error).splitlines()[0]})"
-        )
+def _explain(error: Exception, config: TrainConfig) -> str:
+    if is_out_of_memory(error):
+        changes = "".join(f"\n  {change}" for change in untried_changes(config))
+        return f"out of memory: {reason(error)}.\nWhat may help, the cheapest first:{changes}"
     return str(error) or type(error).__name__
 
 

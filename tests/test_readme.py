@@ -26,6 +26,8 @@ def workplace(tmp_path_factory, tiny_model_dir):
     directory = tmp_path_factory.mktemp("readme")
     turns = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": str(n)}] for n in range(40)]
     (directory / "chats.jsonl").write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
+    pairs = [{"prompt": f"{n}?", "chosen": str(n), "rejected": "no"} for n in range(40)]
+    (directory / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (directory / "my.yaml").write_text(re.search(r"```yaml\n(.*?)```", README, re.S)[1])
     for hub_id in HUB_MODELS.values():
         repository = directory / "huggingface/hub" / f"models--{hub_id.replace('/', '--')}"

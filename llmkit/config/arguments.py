@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmkit.config.grammar import split_override, to_grammar
+from llmkit.config.init_from import implied_model
 from llmkit.config.registration import groups_of_experiment
-from llmkit.config.schema import walk_schema
+from llmkit.config.schema import open_mappings, walk_schema
 from llmkit.config.user_file import file_overrides, give_way
 from llmkit.errors import ConfigError, did_you_mean
 
@@ -25,6 +26,7 @@ SWITCHES = ("--help", "-h", "--hydra-help", "--version", "--resolve", *SHOW_INFO
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")  # what may follow --info
 
 # A value whose user has quoted or bracketed it already, and one that Hydra's sweeper makes several of.
+TEXT_LIST = re.compile(r"""\[([^]['"]*)\]""")
 QUOTED_VALUE = re.compile(r"""'.*'|".*"|\[.*\]|\{.*\}""")
 SWEEP_VALUE = re.compile(r"(choice|glob|range|shuffle|sort|interval)\(")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -128,11 +130,12 @@ def _is_config_file(word: str) -> bool:
 
 @functools.cache
 def text_keys() -> frozenset[str]:
-    """The dotted keys that hold free text: paths, URLs, names."""
+    """The dotted keys that hold free text (paths, URLs, names), and `KEY.*` for mappings to such texts."""
     return frozenset(
-        key
+        f"{key}.*" if info.type == dict[str, str] else key
         for key, info in walk_schema()
-        if info.metadata.get("text") or (info.type in (str, str | None) and not info.metadata.get("choices"))
+        if info.metadata.get("text")
+        or (info.type in (str, str | None, dict[str, str]) and not info.metadata.get("choices"))
     )
 
 
@@ -142,11 +145,10 @@ def quote_text(override: str, *, multirun: bool) -> str:
     In a sweep a comma separates values, unless the whole is the name of something that exists.
     """
     key, value = split_override(override)
-    if (
-        not (key in text_keys() or key.startswith("hardware.env."))
-        or value in ("", "null")
-        or QUOTED_VALUE.fullmatch(value)
-    ):
+    is_text = {key, f"{key.rpartition('.')[0]}.*"} & text_keys()
+    if is_text and (texts := TEXT_LIST.fullmatch(value)):  # [<|a|>,<|b|>]
+        return override.removesuffix(value) + to_grammar([text.strip() for text in texts[1].split(",") if text.strip()])
+    if not is_text or value in ("", "null") or QUOTED_VALUE.fullmatch(value):
         return override
     if multirun and SWEEP_VALUE.match(value):
         return override
@@ -183,17 +185,21 @@ def expand_hub_models(overrides: list[str]) -> list[str]:
 
 
 def _open_mapping(override: str) -> str:
-    """`hardware.env` takes any key, which in Hydra's grammar is `++`."""
-    return f"++{override}" if override.startswith(("hardware.env.", "hardware.env=")) else override
+    """A mapping like `hardware.env` takes any key, which in Hydra's grammar is `++`."""
+    key, _ = split_override(override)
+    is_open = key in open_mappings() or key.rpartition(".")[0] in open_mappings()
+    return f"++{override}" if is_open and not override.startswith(("+", "~")) else override
 
 
 def imply_groups(overrides: list[str]) -> list[str]:
-    """`data.path=FILE` alone replaces the demo, `model.path=DIR` alone the tiny model."""
+    """`data.path=FILE` or `data.datasets=[...]` alone replaces the demo, `model.path=DIR` or `init_from=DIR` tiny."""
     values = dict(map(split_override, overrides))
     chosen = values.keys() | groups_of_experiment(values.get("experiment", ""))
     implied = []
     if "model" not in chosen and values.keys() & {"model.path", "model.hub_id"}:
         implied.append("model=custom")
-    if "data" not in chosen and values.keys() & {"data.path", "data.hub_id"}:
+    elif "model" not in chosen and (started := implied_model(values.get("init_from", ""))):
+        implied.append(f"model={started}")
+    if "data" not in chosen and values.keys() & {"data.path", "data.hub_id", "data.datasets"}:
         implied.append("data=jsonl")
     return implied + overrides

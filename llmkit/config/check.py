@@ -22,8 +22,18 @@ from llmkit.config.foreign import FOREIGN_NAMES
 from llmkit.config.grammar import split_override
 from llmkit.config.registration import group_names, group_options
 from llmkit.config.resolve import secret_problem
-from llmkit.config.schema import METHOD_NODES, NODES, NODES_OF_METHOD, TrainConfig, walk_schema
+from llmkit.config.schema import (
+    NODES,
+    NODES_OF_OPTION,
+    OPTIONAL_NODES,
+    TrainConfig,
+    chosen_option,
+    nodes_of_group,
+    open_mappings,
+    walk_schema,
+)
 from llmkit.config.setting import is_legal, legal_values
+from llmkit.config.sources import datasets_problem
 from llmkit.errors import did_you_mean
 
 
@@ -65,7 +75,7 @@ def check_overrides(overrides: Sequence[str], *, multirun: bool, config_dir: str
                 problem = _problem(override, schema, multirun=multirun, config_dir=config_dir)
         if problem:
             problems.append(problem)
-    return problems or _method_problems(parsed)
+    return problems or _node_problems(parsed)
 
 
 def _problem(
@@ -80,7 +90,7 @@ def _problem(
         return "derived: llmkit fills it in; set the keys themselves."
     if key in group_names():
         return _option_problem(key, override, config_dir)
-    if key.startswith("hardware.env."):
+    if key.rpartition(".")[0] in open_mappings():
         return secret_problem(key)  # here already: Hydra writes a sweep's overrides to disk
     if key in schema:
         if override.is_delete():
@@ -142,6 +152,8 @@ def _plain(item: Any) -> Any:
 
 def _value_problem(key: str, value: Any, field: dataclasses.Field) -> str:
     value = _plain(value)
+    if key == "data.datasets":
+        return datasets_problem(value)
     if isinstance(value, str) and "${" in value:
         return ""  # an interpolation; its value is checked after composing
     legal = legal_values(field)
@@ -180,40 +192,50 @@ def type_in_words(field: dataclasses.Field) -> str:
 def _list_problem(text: str, schema: dict[str, dataclasses.Field], *, multirun: bool) -> str:
     """`-m lora.target_modules=q_proj,v_proj` would be a sweep of two one-module jobs; ask which is meant."""
     key, value = split_override(text)
-    is_list = key == "lora.target_modules" or (key in schema and type_in_words(schema[key]).startswith("a list"))
+    # A list of losses is rarer than a sweep over them.
+    is_list = key == "lora.target_modules" or (key == "dpo.loss_type" and not multirun)
+    is_list = is_list or (key in schema and type_in_words(schema[key]).startswith("a list"))
     if not is_list or "," not in value or re.search(r"""[]['"(]""", value):
         return ""
     sweep = " or, to sweep, ".join([""] + [f"'{key}=" + ",".join(f"[{v}]" for v in value.split(",")) + "'"] * multirun)
     return f"{text}: {key} is a list. Write '{key}=[{value}]'{sweep}."
 
 
-def _method_problems(overrides: list[Override]) -> list[str]:
-    """`method=full lora.r=4`: a node that the chosen method does not have."""
+def _node_problems(overrides: list[Override]) -> list[str]:
+    """`method=full lora.r=4`, `recipe=sft dpo.beta=1`: a node that the chosen option does not have."""
     if any(override.key_or_group == "experiment" for override in overrides):
-        return []  # the experiment may choose the method; composing tells
-    chosen = next((_values(o) for o in overrides if o.key_or_group == "method"), ["lora"])
+        return []  # the experiment may choose the option; composing tells
     problems = []
-    for override in overrides:
-        node = override.key_or_group.split(".")[0]
-        if node not in METHOD_NODES or "." not in override.key_or_group:
-            continue
-        without = [m for m in chosen if isinstance(m, str) and node not in NODES_OF_METHOD.get(m, ())]
-        if not without:
-            continue
-        text = f"{override.input_line}: method={without[0]} has no '{node}' settings; {_owners(node)}."
-        if len(chosen) > 1:
-            text += f" A sweep makes every combination, so sweep method={without[0]} in a command of its own."
-        problems.append(text)
+    for group, nodes_of_option in NODES_OF_OPTION.items():
+        given = [_values(override) for override in overrides if override.key_or_group == group]
+        chosen = given[-1] if given else [chosen_option(TrainConfig(), group)]
+        for override in overrides:
+            node = override.key_or_group.split(".")[0]
+            if node not in nodes_of_group(group) or "." not in override.key_or_group:
+                continue
+            without = [o for o in chosen if isinstance(o, str) and node not in nodes_of_option.get(o, (node,))]
+            if not without:
+                continue
+            text = f"{override.input_line}: {group}={without[0]} has no '{node}' settings; {_owners(node)}."
+            if len(chosen) > 1:
+                text += f" A sweep makes every combination, so sweep {group}={without[0]} in a command of its own."
+            problems.append(text)
     return problems
 
 
 def missing_node(key: str) -> str:
-    """The message for a key of a node that the method does not have; empty for any other key."""
+    """The message for a key of a node that the chosen options do not have; empty for any other key."""
     node = key.split(".")[0]
-    if node not in METHOD_NODES:
+    if node not in OPTIONAL_NODES:
         return ""
-    return f"{key}: the chosen method has no '{node}' settings; {_owners(node)}."
+    (group,) = (group for group in NODES_OF_OPTION if node in nodes_of_group(group))
+    return f"{key}: the chosen {group} has no '{node}' settings; {_owners(node)}."
 
 
 def _owners(node: str) -> str:
-    return "they belong to " + " or ".join(f"method={name}" for name, nodes in NODES_OF_METHOD.items() if node in nodes)
+    return "they belong to " + " or ".join(
+        f"{group}={option}"
+        for group, nodes_of_option in NODES_OF_OPTION.items()
+        for option, nodes in nodes_of_option.items()
+        if node in nodes
+    )

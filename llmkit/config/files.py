@@ -11,12 +11,14 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from llmkit import rundir
-from llmkit.config.schema import NODES, TrainConfig
+from llmkit.config.schema import NODES, SourceConfig, TrainConfig, schema_keys
 from llmkit.errors import ConfigError
 
 # Where a run lives and how it is started is not what it computes.
 NOT_COMPARED = ("name", "run_dir", "derived", "launcher")
 UNSET = (None, "auto")
+# Found on the hub by the worker, whatever the config says.
+COMMITS = ("model.commit", "data.commit")
 
 
 def save(config: TrainConfig, run_dir: Path) -> None:
@@ -59,10 +61,18 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     lines = []
     for key in sorted(before.keys() | after.keys()):
         left, right = before.get(key), after.get(key)
-        filled_in = right in UNSET and (key in old.derived or key == "model.commit")
+        filled_in = right in UNSET and (key in old.derived or key in COMMITS)
+        if key == "data.datasets":
+            left = _as_open_as(left, right)
         if left != right and not filled_in and key.split(".")[0] not in NOT_COMPARED:
             lines.append(f"{key}: {left} -> {right}")
     return lines
+
+
+def _as_open_as(old: Any, new: Any) -> list[dict[str, Any]]:
+    """The old sources without the commits that the new ones leave to be found."""
+    left_open = [one["commit"] is None for one in new] + [False] * len(old)
+    return [one | {"commit": None} if is_open else one for one, is_open in zip(old, left_open, strict=False)]
 
 
 def _literal(value: Any) -> Any:
@@ -76,19 +86,25 @@ def _literal(value: Any) -> Any:
 
 def adopt_findings(config: TrainConfig, earlier: TrainConfig) -> None:
     """Fill in what `config` leaves open with what an earlier worker of the same run had found, in place."""
-    for key in (*earlier.derived, "model.commit"):
+    for key in (*earlier.derived, *COMMITS):
         node, _, name = key.rpartition(".")
         ours, theirs = (getattr(one, node) if node else one for one in (config, earlier))
         if ours is not None and theirs is not None and getattr(ours, name) in UNSET:
             setattr(ours, name, getattr(theirs, name))
             if key in earlier.derived and key not in config.derived:
                 config.derived.append(key)
+    _adopt_commits(config.data.datasets, earlier.data.datasets)
+
+
+def _adopt_commits(ours: list[SourceConfig], theirs: list[SourceConfig]) -> None:
+    for source, earlier in zip(ours, theirs, strict=False):
+        source.commit = source.commit or earlier.commit
 
 
 def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in node.items():
-        if isinstance(value, dict) and f"{prefix}{key}" != "hardware.env":
+        if isinstance(value, dict) and f"{prefix}{key}" not in schema_keys():
             flat.update(_flat(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value

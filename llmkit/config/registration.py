@@ -6,7 +6,7 @@ from importlib import resources
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from llmkit.config.schema import GROUPS, METHOD_NODES, TrainConfig
+from llmkit.config.schema import GROUPS, OPTIONAL_NODES, TrainConfig
 from llmkit.rundir import default_run_dir
 
 
@@ -15,7 +15,7 @@ def register() -> None:
     """Register the schema nodes and the one resolver `conf/` uses; once per process."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
-    for name, node in METHOD_NODES.items():
+    for name, node in OPTIONAL_NODES.items():
         store.store(group="schema", name=name, node=node)
     store.store(group="schema/launcher", name="local", node=GROUPS["launcher"])
     # Cached: a sweep's directory must not move when the clock ticks between two readings.
@@ -35,8 +35,8 @@ def group_options(group: str) -> tuple[str, ...]:
 
 @functools.cache
 def group_names() -> tuple[str, ...]:
-    """All groups a user can pick from."""
-    return (*GROUPS, "experiment")
+    """All groups a user can pick from; `recipe` and `experiment` have no node of their own."""
+    return ("recipe", *GROUPS, "experiment")
 
 
 def groups_of_experiment(option: str) -> set[str]:
@@ -44,7 +44,7 @@ def groups_of_experiment(option: str) -> set[str]:
     if not option or option == "null":
         return set()
     if option not in group_options("experiment"):
-        return set(GROUPS)
+        return set(group_names())
     text = (resources.files("llmkit.conf") / "experiment" / f"{option}.yaml").read_text(encoding="utf-8")
     defaults = OmegaConf.to_container(OmegaConf.create(text)).get("defaults", [])  # type: ignore[union-attr]
     return {str(key).removeprefix("override /") for entry in defaults if isinstance(entry, dict) for key in entry}

@@ -1,6 +1,7 @@
 """From the composed DictConfig to one plain, complete TrainConfig: fill in what follows from the rest."""
 
 import contextlib
+import glob
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llmkit.config.schema import LoraConfig, TrainConfig, TrainingConfig
+from llmkit.config.init_from import adopt_init_from
+from llmkit.config.schema import DpoConfig, LoraConfig, TrainConfig, TrainingConfig
+from llmkit.config.sources import names_split
 from llmkit.errors import ConfigError
 
 DEFAULT_GLOBAL_BATCH_SIZE = 16
@@ -16,7 +19,13 @@ DEFAULT_GLOBAL_BATCH_SIZE = 16
 LARGEST_MICRO_BATCH = 16
 LARGEST_MICRO_BATCH_OF_LARGE_MODELS = 4
 LARGE_MODEL = 0.5e9  # parameters
-DEFAULT_LEARNING_RATE = {"full": 2e-5, "freeze": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+EVAL_BATCHES_PER_MICRO_BATCH = 2  # without gradients a batch takes less than half the memory
+SEQUENCES = {"sft": 1, "dpo": 2}  # of one example: a pair is two
+# Recipe -> method -> rate. Those for dpo are of TRL's own example commands, trl/scripts/dpo.py (trl 1.16).
+DEFAULT_LEARNING_RATE = {
+    "sft": {"full": 2e-5, "freeze": 2e-5, "lora": 2e-4, "qlora": 2e-4},
+    "dpo": {"full": 5e-7, "freeze": 5e-7, "lora": 5e-6, "qlora": 5e-6},
+}
 # TOKENIZERS_PARALLELISM is none.
 SECRET = re.compile(r"(?i)(token(?!iz)|secret|passw|credential|(^|_)(api)?key(_|$))")
 
@@ -34,8 +43,10 @@ def resolve(config: DictConfig) -> TrainConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     resolved = TrainConfig(**values)
-    if resolved.training.learning_rate is None and resolved.method.name in DEFAULT_LEARNING_RATE:
-        resolved.training.learning_rate = DEFAULT_LEARNING_RATE[resolved.method.name]
+    adopt_init_from(resolved)
+    if resolved.training.learning_rate is None:
+        # An unknown recipe or method has no rate: `validate` names it, with all else.
+        resolved.training.learning_rate = DEFAULT_LEARNING_RATE.get(resolved.recipe, {}).get(resolved.method.name)
         resolved.derived.append("training.learning_rate")
     if resolved.objective == "eval_loss" and resolved.data.validation is None:
         resolved.objective = "train_loss"  # the only loss there is
@@ -43,9 +54,13 @@ def resolve(config: DictConfig) -> TrainConfig:
     if isinstance(resolved.lora, LoraConfig) and resolved.lora.lora_alpha is None:
         resolved.lora.lora_alpha = 2 * resolved.lora.r
         resolved.derived.append("lora.lora_alpha")
+    if isinstance(resolved.dpo, DpoConfig) and isinstance(resolved.dpo.loss_type, str):
+        resolved.dpo.loss_type = [resolved.dpo.loss_type]
     with contextlib.suppress(ConfigError):  # batch sizes that contradict each other: `validate` says so, with all else
         small = (resolved.model.parameters or LARGE_MODEL) < LARGE_MODEL
-        largest = LARGEST_MICRO_BATCH if small else LARGEST_MICRO_BATCH_OF_LARGE_MODELS
+        largest = (
+            LARGEST_MICRO_BATCH if small else LARGEST_MICRO_BATCH_OF_LARGE_MODELS // SEQUENCES.get(resolved.recipe, 1)
+        )
         resolved.derived += resolve_batch(resolved.training, device_count(resolved), largest=largest)
     return resolved
 
@@ -53,16 +68,28 @@ def resolve(config: DictConfig) -> TrainConfig:
 def use_absolute_paths(config: TrainConfig) -> None:
     """Name local files by absolute paths, in place: the config is read again from other directories."""
     data, model = config.data, config.model
+    for name in ("validation", "test"):
+        value = getattr(data, name)
+        if isinstance(value, dict):
+            setattr(data, name, {key: _absolute(item) if key == "path" else item for key, item in value.items()})
+        elif isinstance(value, str) and not names_split(data, value):
+            setattr(data, name, _absolute(value))
     for node, key in (
-        (data, "path"),
-        (data, "validation"),
+        *((source, "path") for source in (data, *data.datasets)),
+        (data, "special_tokens"),
         (data, "chat_template"),
         (model, "path"),
         (model, "chat_template"),
+        (config, "init_from"),
     ):
-        value = getattr(node, key)
-        if isinstance(value, str) and value != "demo" and Path(value).exists():
-            setattr(node, key, str(Path(value).absolute()))
+        setattr(node, key, _absolute(getattr(node, key)))
+
+
+def _absolute(value: Any) -> Any:
+    """The absolute path of what exists, or of a glob that something matches; any other value as it is."""
+    if not isinstance(value, str) or value in ("", "demo"):
+        return value
+    return str(Path(value).absolute()) if Path(value).exists() or glob.glob(value, recursive=True) else value
 
 
 def device_count(config: TrainConfig) -> int:
@@ -110,7 +137,7 @@ def resolve_batch(training: TrainingConfig, devices: int, *, largest: int = LARG
     training.gradient_accumulation_steps = steps
     derived = [key for key, value in given.items() if value is None]
     if training.per_device_eval_batch_size is None:
-        training.per_device_eval_batch_size = 2 * micro
+        training.per_device_eval_batch_size = EVAL_BATCHES_PER_MICRO_BATCH * micro
         derived.append("training.per_device_eval_batch_size")
     return derived
 

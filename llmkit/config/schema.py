@@ -2,18 +2,58 @@
 
 Field names are those of the library a value goes to (Transformers, PEFT, bitsandbytes, DeepSpeed, W&B).
 `conf/` sets values; nothing is declared there. Nodes typed `Any` at the root exist only when their group asks for
-them: `lora` with `method=lora`, so that `method=full lora.r=4` is an error and not a setting without effect.
+them: `lora` with `method=lora`, `dpo` with `recipe=dpo`, so that `method=full lora.r=4` is an error and not a setting
+without effect.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from typing import Any, get_origin
 
 from llmkit.config.setting import setting
 
+RECIPES = ("sft", "dpo")
 METHODS = ("full", "freeze", "lora", "qlora")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32", "bf16_pure")
 DEVICES = ("auto", "cpu", "cuda")
+# trl 1.16's losses for DPO; see trl.DPOConfig.
+DPO_LOSSES = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+)
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+# The figures beside the loss that a recipe measures before and after training.
+FIGURES_OF_RECIPE = {
+    "sft": ("exact_match", "train_exact_match"),
+    "dpo": ("preference_accuracy", "train_preference_accuracy"),
+}
+# Layouts of a row, see docs/data.md; `auto` tries them in this order.
+FORMATS = (
+    "messages",
+    "sharegpt",
+    "prompt_completion",
+    "alpaca",
+    "question_answer",
+    "role_markers",
+    "text",
+    "preference_messages",
+    "preference",
+    "preference_sharegpt",
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,24 +80,63 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class DataConfig:
-    name: str = setting("jsonl", "The option of the data group.")
-    path: str | None = setting(None, "Training data: a file, or a directory holding train.jsonl.")
+class SourceConfig:
+    """Where rows come from and how they look; `data` is one itself, `data.datasets` lists several."""
+
+    path: str | None = setting(None, "A file, a directory or a glob: JSON, JSONL, CSV or Parquet, also gzipped.")
     hub_id: str | None = setting(None, "Hub data set, `org/name`, used where `path` is unset.")
     hub_config: str | None = setting(None, "Configuration of the hub data set.")
-    format: str = setting(
-        "auto",
-        "Layout of a row; `auto` detects it from the columns.",
-        choices=("auto", "messages", "question_answer"),
+    split: str = setting("train", "Split of the hub data set, or of a directory that holds several.")
+    revision: str = setting("main", "Branch, tag or commit of the hub data set.")
+    commit: str | None = setting(None, "The commit `revision` was at; recorded by the worker, used by a repeated run.")
+    format: str = setting("auto", "Layout of a row; `auto` detects it from the columns.", choices=("auto", *FORMATS))
+    columns: dict[str, str] = setting({}, "Foreign column names, as {OURS: THEIRS}: {question: Problem}.")
+    limit: int | None = setting(None, "Use only the first rows.", gt=0)
+    weight: float | None = setting(
+        None, "Share of the training rows relative to the other sources' weights; unset: all rows.", gt=0
     )
-    validation: Any = setting(0.05, "Held-out rows: a file, a share of the training rows (0-1), or null.", text=True)
+    repeat: int = setting(1, "How many times each training row is used in a pass.", ge=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig(SourceConfig):
+    name: str = setting("jsonl", "The option of the data group.")
+    datasets: list[SourceConfig] = setting([], "Several sources, concatenated; takes the place of `path` and `hub_id`.")
+    validation: Any = setting(
+        0.05, "Held-out rows: a share of the training rows (0-1), a file, a split's name, a source, or null.", text=True
+    )
+    test: Any = setting(None, "Rows measured once, at the end: a file, a split's name, a source, or null.", text=True)
     max_length: int | None = setting(None, "Longest example in tokens; unset: the model's context, at most 2048.", ge=8)
     chat_template: str | None = setting(
         None, "`keep-original`, a shipped name (chat-ml, plain), or a Jinja file; unset: model.chat_template."
     )
-    on_overlong: str = setting("error", "What happens to rows over max_length.", choices=("error", "drop"))
+    chat_template_kwargs: dict[str, Any] = setting(
+        {}, "Variables of the chat template, the same in training, evaluation and serving: {enable_thinking: false}."
+    )
+    special_tokens: Any = setting(None, "New tokens: a list, or a JSON file {tokens: [...]}.", text=True)
+    special_tokens_init: str = setting(
+        "similar",
+        "Where new tokens start: the mean of the tokens they were written with (similar), drawn around the mean of "
+        "all (sample), or that mean (mean).",
+        choices=("similar", "sample", "mean"),
+    )
+    train_on: str = setting(
+        "assistant",
+        "What is learnt: every assistant turn, the last one, those after the prompt (completion), or all tokens.",
+        choices=("assistant", "last", "completion", "all"),
+    )
+    on_overlong: str = setting(
+        "error",
+        "Rows over max_length: an error, dropped, shortened from the front, or split at turns.",
+        choices=("error", "drop", "truncate_prompt", "split"),
+    )
     on_empty: str = setting("error", "What happens to rows with nothing to learn from.", choices=("error", "drop"))
-    limit: int | None = setting(None, "Use only the first rows of the training data.", gt=0)
+    packing: str = setting(
+        "none",
+        "Rows put together up to max_length, unseen by each other: none, or best fit decreasing.",
+        choices=("none", "bfd"),
+    )
+    num_proc: int | None = setting(None, "Processes that prepare the data; unset: one per core.", ge=1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -96,6 +175,44 @@ class FreezeConfig:
     patterns: list[str] = setting([], "Regular expressions; parameters whose name matches one are trained too.")
     embeddings: bool = setting(False, "Train the input embeddings.")
     head: bool = setting(False, "Train the output head.")
+
+
+@dataclass(kw_only=True, slots=True)
+class DpoConfig:
+    """TRL's names; see trl.DPOConfig."""
+
+    loss_type: Any = setting(
+        ["sigmoid"], "A loss by its name, or a list of losses that are added up.", choices=DPO_LOSSES
+    )
+    loss_weights: list[float] | None = setting(None, "Factor of each loss in the list; unset: 1.0 for all.")
+    beta: float = setting(
+        0.1,
+        "How strongly the policy is held to the reference; losses of unlike beta do not compare, so sweep it with "
+        "objective=preference_accuracy.",
+        gt=0,
+    )
+    label_smoothing: float = setting(
+        0.0,
+        "Share of pairs taken to be labelled the wrong way round (robust, exo_pair, aot, aot_unpaired).",
+        ge=0,
+        lt=1,
+    )
+    f_divergence_type: str = setting(
+        "reverse_kl", "Divergence between policy and reference (arXiv 2309.16240).", choices=F_DIVERGENCES
+    )
+    f_alpha_divergence_coef: float = setting(0.5, "Alpha of f_divergence_type=alpha_divergence.")
+    use_weighting: bool = setting(False, "Weight pairs by their likelihood under the policy (arXiv 2406.11827).")
+    ld_alpha: float | None = setting(
+        None, "Weight of the tokens past the shorter answer's length (arXiv 2409.06411); unset: 1.", ge=0, le=1
+    )
+    discopop_tau: float = setting(0.05, "Temperature of the loss discopop (arXiv 2406.08414).", gt=0)
+    disable_dropout: bool = setting(True, "Switch all dropout off, that of the adapter too.")
+    precompute_ref_log_probs: bool = setting(
+        False, "Ask the reference once, before training, and keep no copy of it in memory."
+    )
+    precompute_ref_batch_size: int | None = setting(
+        None, "Pairs at a time when precomputing; unset: per_device_eval_batch_size.", ge=1
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -140,7 +257,9 @@ class TrainingConfig:
     num_train_epochs: float = setting(3.0, "Passes over the training data.", gt=0)
     max_steps: int | None = setting(None, "Optimizer steps; set, it takes the place of num_train_epochs.", ge=1)
     learning_rate: float | None = setting(
-        None, "Peak learning rate; unset: 2e-4 for lora and qlora, 2e-5 for full and freeze.", gt=0
+        None,
+        "Peak learning rate; unset: 2e-4 for lora and qlora, 2e-5 for full and freeze; with recipe=dpo 5e-6 and 5e-7.",
+        gt=0,
     )
     lr_scheduler_type: str = setting(
         "cosine",
@@ -185,7 +304,11 @@ class TrainingConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvaluationConfig:
-    examples: int = setting(64, "Rows per split whose answers are generated and compared (exact match); 0: none.", ge=0)
+    examples: int = setting(
+        64,
+        "Rows per split that figures beside the loss (exact match, preference accuracy) are measured on; 0: none.",
+        ge=0,
+    )
     samples: int = setting(3, "Fixed prompts whose answers are shown at each evaluation.", ge=0)
     max_new_tokens: int | None = setting(
         None, "Longest generated answer in tokens; unset: that of the longest reference answer, at most 256.", ge=1
@@ -214,14 +337,19 @@ class LocalLauncherConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    recipe: str = setting("sft", "What the run does.", choices=("sft",))
+    recipe: str = setting(
+        "sft", "What the run does: learn answers (sft), or prefer one answer to another (dpo).", choices=RECIPES
+    )
     name: str | None = setting(None, "Name of the run: it lives in runs/<name>; unset: a timestamp.")
     run_dir: str | None = setting(None, "Directory of the run; unset: runs/<name>.")
+    init_from: str | None = setting(
+        None, "Start from the weights of this finished run (its directory); an adapter is continued, not stacked."
+    )
     seed: int = setting(42, "Seed of initialisation, data order and dropout.", ge=0, le=2**32 - 1)
     objective: str = setting(
         "eval_loss",
         "The figure a sweep compares runs by.",
-        choices=("eval_loss", "train_loss", "exact_match", "train_exact_match"),
+        choices=("eval_loss", "train_loss", *(name for names in FIGURES_OF_RECIPE.values() for name in names)),
     )
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -229,6 +357,7 @@ class TrainConfig:
     lora: Any = None
     qlora: Any = None
     freeze: Any = None
+    dpo: Any = None
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
@@ -252,17 +381,43 @@ GROUPS: dict[str, type] = {
     "tracking": TrackingConfig,
     "launcher": LocalLauncherConfig,
 }
-METHOD_NODES: dict[str, type] = {"lora": LoraConfig, "qlora": QloraConfig, "freeze": FreezeConfig}
-# The dataclass of every node, also of those that are `Any` at the root.
-NODES: dict[str, type] = {**GROUPS, **METHOD_NODES}
-# Which nodes a method has beside the common ones.
-NODES_OF_METHOD = {"full": (), "freeze": ("freeze",), "lora": ("lora",), "qlora": ("lora", "qlora")}
+# Nodes that exist only with some options of a group, `Any` at the root.
+OPTIONAL_NODES: dict[str, type] = {"lora": LoraConfig, "qlora": QloraConfig, "freeze": FreezeConfig, "dpo": DpoConfig}
+# Group -> option -> the nodes it brings beside the common ones.
+NODES_OF_OPTION: dict[str, dict[str, tuple[str, ...]]] = {
+    "recipe": {"sft": (), "dpo": ("dpo",)},
+    "method": {"full": (), "freeze": ("freeze",), "lora": ("lora",), "qlora": ("lora", "qlora")},
+}
+# The dataclass of every node.
+NODES: dict[str, type] = {**GROUPS, **OPTIONAL_NODES}
+
+
+def chosen_option(config: TrainConfig, group: str) -> str:
+    """The option of a group of NODES_OF_OPTION that `config` was composed with."""
+    return config.recipe if group == "recipe" else config.method.name
+
+
+def nodes_of_group(group: str) -> set[str]:
+    """All nodes that options of `group` bring."""
+    return {node for nodes in NODES_OF_OPTION[group].values() for node in nodes}
 
 
 def walk_schema() -> Iterator[tuple[str, Field]]:
-    """Every key of the schema as (dotted key, dataclass field), the nodes of all methods included."""
+    """Every key of the schema as (dotted key, dataclass field), the nodes of all options included."""
     for info in fields(TrainConfig):
         if info.name in NODES:
             yield from ((f"{info.name}.{inner.name}", inner) for inner in fields(NODES[info.name]))
         else:
             yield info.name, info
+
+
+@functools.cache
+def schema_keys() -> frozenset[str]:
+    """The dotted keys of the schema, those of all nodes included."""
+    return frozenset(key for key, _ in walk_schema())
+
+
+@functools.cache
+def open_mappings() -> frozenset[str]:
+    """The dotted keys that hold a mapping with keys of the user's own."""
+    return frozenset(key for key, info in walk_schema() if get_origin(info.type) is dict)

@@ -38,12 +38,12 @@ def legal_values(field: dataclasses.Field) -> str:
 
 
 def is_legal(field: dataclasses.Field, value: Any) -> bool:
-    """Whether `value` lies in the range declared for `field`; None (unset) always does."""
+    """Whether `value`, or each value of a list, lies in the range declared for `field`; None (unset) always does."""
     meta = field.metadata
     if value is None:
         return True
     if meta.get("choices"):
-        return value in meta["choices"]
+        return all(one in meta["choices"] for one in (value if isinstance(value, list) else [value]))
     if isinstance(value, bool) or not isinstance(value, int | float):
         return True
     return (

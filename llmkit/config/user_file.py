@@ -8,7 +8,7 @@ from typing import Any
 
 from llmkit.config.grammar import split_override, to_grammar
 from llmkit.config.registration import group_names
-from llmkit.config.schema import METHOD_NODES, NODES_OF_METHOD
+from llmkit.config.schema import NODES_OF_OPTION, OPTIONAL_NODES, nodes_of_group, schema_keys
 from llmkit.errors import ConfigError
 
 
@@ -33,7 +33,7 @@ def file_overrides(path: Path) -> list[str]:
     derived = set(content.pop("derived", None) or [])
     choices, values = [], []
     for key, value in content.items():
-        if value is None and (key in group_names() or key in METHOD_NODES):
+        if value is None and (key in group_names() or key in OPTIONAL_NODES):
             continue
         if key in group_names():
             option = value.get("name") if isinstance(value, dict) else value
@@ -54,7 +54,7 @@ def _leaves(prefix: str, node: dict[str, Any], derived: set[str]) -> list[str]:
         dotted = f"{prefix}{key}"
         if dotted in derived or (key == "name" and prefix[:-1] in group_names()):
             continue
-        if isinstance(value, dict) and dotted != "hardware.env":
+        if isinstance(value, dict) and dotted not in schema_keys():
             leaves += _leaves(f"{dotted}.", value, derived)
         else:
             leaves.append(f"{dotted}={to_grammar(value)}")
@@ -64,12 +64,16 @@ def _leaves(prefix: str, node: dict[str, Any], derived: set[str]) -> list[str]:
 def give_way(overrides: list[str], later: list[str]) -> list[str]:
     """`overrides` without what choices of groups among the `later` ones replace as a whole.
 
-    `model=phi2` on the command line takes the place of all a file says of its model, `method=full` of its `lora`.
+    `model=phi2` on the command line takes the place of all a file says of its model, `method=full` of its `lora`,
+    `recipe=sft` of its `dpo`.
     """
     chosen = {key: value for key, value in map(split_override, later) if key in group_names()}
     replaced = set(chosen)
-    if "method" in chosen:
-        methods = chosen["method"].split(",")
-        kept = {node for method in methods for node in NODES_OF_METHOD.get(method, METHOD_NODES)}
-        replaced |= METHOD_NODES.keys() - kept
-    return [override for override in overrides if split_override(override)[0].split(".")[0] not in replaced]
+    for group in NODES_OF_OPTION.keys() & chosen.keys():
+        options, nodes = chosen[group].split(","), nodes_of_group(group)
+        replaced |= nodes - {node for option in options for node in NODES_OF_OPTION[group].get(option, nodes)}
+    # Another data set or revision is not at the commit of the old one.
+    asked = {split_override(override)[0] for override in later}
+    stale = {f"{node}.commit" for node in ("model", "data") if asked & {f"{node}.hub_id", f"{node}.revision"}}
+    keys = [split_override(override)[0] for override in overrides]
+    return [o for o, key in zip(overrides, keys, strict=True) if key.split(".")[0] not in replaced and key not in stale]

@@ -9,9 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.config.resolve import device_count, resolve_batch
-from llmkit.config.schema import METHOD_NODES, NODES_OF_METHOD, LoraConfig, QloraConfig, TrainConfig
+from llmkit.config.schema import (
+    FIGURES_OF_RECIPE,
+    NODES_OF_OPTION,
+    LoraConfig,
+    QloraConfig,
+    TrainConfig,
+    chosen_option,
+    nodes_of_group,
+)
 from llmkit.config.setting import is_legal, legal_values
-from llmkit.errors import ConfigError, did_you_mean
+from llmkit.config.validate_data import data_problems, data_warnings
+from llmkit.config.validate_dpo import dpo_problems, dpo_warnings
+from llmkit.errors import ConfigError
 
 # Initialisations of PEFT that move part of the base into the adapter.
 CHANGE_THE_BASE = ("pissa", "olora")
@@ -21,12 +31,14 @@ def validate(config: TrainConfig) -> None:
     """Raise one ConfigError that lists every problem of `config`."""
     problems = [
         *_range_problems(config),
+        *_node_problems(config),
         *_method_problems(config),
         *_model_problems(config),
-        *_data_problems(config),
+        *data_problems(config),
         *_hardware_problems(config),
         *_objective_problems(config),
         *_training_problems(config),
+        *dpo_problems(config),
     ]
     if problems:
         raise ConfigError(*problems)
@@ -34,14 +46,15 @@ def validate(config: TrainConfig) -> None:
 
 def _objective_problems(config: TrainConfig) -> list[str]:
     name = config.objective
-    if name.endswith("exact_match") and not config.evaluation.examples:
-        return [
-            f"objective={name}: evaluation.examples=0 generates no answers to compare; set it, or objective=eval_loss."
-        ]
-    if name == "exact_match" and config.data.validation is None:
-        return [
-            "objective=exact_match: there are no held-out rows; set data.validation, or objective=train_exact_match."
-        ]
+    if name in ("eval_loss", "train_loss"):
+        return []
+    figures = FIGURES_OF_RECIPE.get(config.recipe, ())
+    if name not in figures:
+        return [f"objective={name}: recipe={config.recipe} measures eval_loss, train_loss, {', '.join(figures)}."]
+    if not config.evaluation.examples:
+        return [f"objective={name}: evaluation.examples=0 measures it on no rows; set it, or objective=eval_loss."]
+    if not name.startswith("train_") and config.data.validation is None:
+        return [f"objective={name}: there are no held-out rows; set data.validation, or objective=train_{name}."]
     return []
 
 
@@ -67,8 +80,6 @@ def warnings(config: TrainConfig) -> list[str]:
         found.append(f"model.hub_id={config.model.hub_id} has no effect: model.path={config.model.path} is loaded.")
     if config.model.revision != "main" and (config.model.path or not config.model.hub_id):
         found.append(f"model.revision={config.model.revision} has no effect on a model that is not from the hub.")
-    if config.data.path and config.data.hub_id:
-        found.append(f"data.hub_id={config.data.hub_id} has no effect: data.path={config.data.path} is read.")
     if config.data.validation is None and training.final == "best":
         found.append("training.final=best has no effect without data.validation: the last weights are kept.")
     if config.tracking.name == "none" and (config.tracking.tags or config.tracking.entity or config.tracking.group):
@@ -82,7 +93,7 @@ def warnings(config: TrainConfig) -> list[str]:
         for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
             if getattr(config.qlora, key) != getattr(QloraConfig(), key):
                 found.append(f"qlora.{key} has no effect with qlora.bits=8.")
-    return found
+    return found + data_warnings(config) + dpo_warnings(config)
 
 
 def _range_problems(node: Any, prefix: str = "") -> list[str]:
@@ -96,15 +107,21 @@ def _range_problems(node: Any, prefix: str = "") -> list[str]:
     return problems
 
 
+def _node_problems(config: TrainConfig) -> list[str]:
+    problems = []
+    for group, nodes_of_option in NODES_OF_OPTION.items():
+        option = chosen_option(config, group)
+        wanted = nodes_of_option.get(option, ())
+        for node in sorted(nodes_of_group(group)):
+            if (getattr(config, node) is not None) != (node in wanted):
+                problems.append(
+                    f"{group}: {option} does not go with its settings ({node}); choose it with {group}={option}."
+                )
+    return problems
+
+
 def _method_problems(config: TrainConfig) -> list[str]:
     problems = []
-    method = config.method.name
-    wanted = NODES_OF_METHOD.get(method, ())
-    for node in METHOD_NODES:
-        if (getattr(config, node) is not None) != (node in wanted):
-            problems.append(
-                f"method.name={method} does not go with its settings ({node}); choose it with method={method}."
-            )
     if isinstance(config.lora, LoraConfig):
         target = config.lora.target_modules
         if isinstance(target, str) and target != "all-linear":
@@ -127,35 +144,6 @@ def _model_problems(config: TrainConfig) -> list[str]:
     if model.path and not Path(model.path).is_dir():
         return [f"model.path={model.path}: the directory does not exist."]
     return []
-
-
-def _data_problems(config: TrainConfig) -> list[str]:
-    data = config.data
-    problems = []
-    if not (data.path or data.hub_id):
-        problems.append(f"data={data.name}: say where the rows are, with data.path=FILE.")
-    if data.path and data.path != "demo":
-        path = Path(data.path)
-        if not path.exists():
-            problems.append(f"data.path={data.path}: does not exist (seen from {Path.cwd()}).{_near_file(data.path)}")
-        elif path.is_dir() and not (path / "train.jsonl").is_file():
-            found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-            problems.append(f"data.path={data.path}: the directory has no train.jsonl (it holds: {found}).")
-    held_out = data.validation
-    if isinstance(held_out, bool | list | dict) or (isinstance(held_out, int | float) and not 0 < held_out < 1):
-        problems.append(f"data.validation={held_out}: a share between 0 and 1, a file, or null.")
-    elif isinstance(held_out, str) and held_out != "demo" and not Path(held_out).exists():
-        problems.append(f"data.validation={held_out}: does not exist.{_near_file(held_out)}")
-    if config.model.context_length and data.max_length and data.max_length > config.model.context_length:
-        problems.append(
-            f"data.max_length={data.max_length}: model={config.model.name} takes {config.model.context_length} at most."
-        )
-    return problems
-
-
-def _near_file(path: str) -> str:
-    folder = Path(path).parent
-    return did_you_mean(Path(path).name, [f.name for f in folder.iterdir()]) if folder.is_dir() else ""
 
 
 def _hardware_problems(config: TrainConfig) -> list[str]:

@@ -1,114 +1,129 @@
-"""Where rows come from: a JSON Lines file, a directory of them, the hub, or the shipped demo."""
+"""Where rows come from: files, directories and globs, the hub, or the shipped demo."""
 
-import codecs
+import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import resources
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from llmkit.config.schema import DataConfig
-from llmkit.errors import ConfigError, DataError
+from llmkit.config.data_files import TOKENS_FILE, file_type, find_files, is_gzipped
+from llmkit.config.schema import SourceConfig
+from llmkit.config.sources import split_source
+from llmkit.data.blocks import Block
+from llmkit.data.content import content_hash, file_state
+from llmkit.data.hub import HubSource
+from llmkit.data.readers import read_file
+from llmkit.errors import ConfigError, DataError, did_you_mean
 
+__all__ = ["Block", "Source", "open_source", "shipped_demo", "split_source"]
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One raw row and where it stands, for messages."""
-
-    values: dict[str, Any]
-    source: str
-    number: int  # line of the file (from 1), or index in the hub's split
-
-    def place(self) -> str:
-        """`FILE, row N`."""
-        return f"{self.source}, row {self.number}"
+DEMO_SPLITS = ("train", "validation")
 
 
-def read_training_rows(data: DataConfig) -> list[Row]:
-    """The rows to train on, `data.limit` applied. Raises DataError for a file that is missing, empty or broken."""
-    rows = list(islice(_training_rows(data), data.limit))
-    if not rows:
-        raise DataError(f"{data.path or data.hub_id}: holds no rows.")
-    return rows
+class Source(Protocol):
+    """The rows of one data source, in order. Opened; read only by `blocks`."""
+
+    name: str  # the path, or the hub's org/name
+    special_tokens: list[str]  # of a tokens.json beside the rows
+    parts: list[str]  # what its blocks call their source, in order: the files
+
+    def fingerprint(self) -> str:
+        """A hash of the content: what was touched or copied has the same, what differs in a character another."""
+
+    def blocks(self) -> Iterator[Block]:
+        """The rows, `limit` applied, in pieces that take a few MB. Raises ConfigError for what cannot be read."""
 
 
-def read_validation_rows(path: str) -> list[Row]:
-    """The rows of a held-out file. Raises DataError as above."""
-    file = shipped_demo("validation") if path == "demo" else Path(path)
-    rows = list(read_jsonl(file))
-    if not rows:
-        raise DataError(f"data.validation={path}: holds no rows.")
-    return rows
+def open_source(source: SourceConfig, *, key: str = "data", preference: bool = False) -> Source:
+    """The source that `source` describes. Of a data set of the hub it finds the commit, and fills in `source.commit`.
+
+    Args:
+        key: the config's name for `source` (`data.datasets[1]`), for messages.
+        preference: read the preference part of the demo.
+
+    Raises:
+        ConfigError: there is no such source, or it cannot be reached.
+    """
+    if source.path == "demo":
+        return FileSource("demo", [shipped_demo(source.split, preference=preference)], limit=source.limit)
+    if source.path:
+        files = find_files(source.path, split=source.split, said=f"{key}.path={source.path}")
+        return FileSource(source.path, files, limit=source.limit)
+    if source.hub_id:
+        return HubSource(source, key=key)
+    raise ConfigError(f"{key}: say where the rows are, with {key}.path=FILE.")
 
 
-def _training_rows(data: DataConfig) -> Iterator[Row]:
-    if data.path == "demo":
-        return read_jsonl(shipped_demo("train"))
-    if data.path is None:
-        return _hub_rows(data)
-    path = Path(data.path)
-    if path.is_dir():
-        file = path / "train.jsonl"
-        if not file.is_file():
-            found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-            raise DataError(f"data.path={path}: the directory has no train.jsonl (it holds: {found}).")
-        return read_jsonl(file)
-    return read_jsonl(path)
+def shipped_demo(split: str, *, preference: bool = False) -> Path:
+    """The demo's file for `train` or `validation`, of conversations or of preference pairs."""
+    if split not in DEMO_SPLITS:
+        near = did_you_mean(split, DEMO_SPLITS)
+        raise DataError(f"demo: has no split '{split}', but {' and '.join(DEMO_SPLITS)}.{near}")
+    name = f"preference_{split}.jsonl" if preference else f"{split}.jsonl"
+    return Path(str(resources.files("llmkit.data") / "demo" / name))
 
 
-def shipped_demo(split: str) -> Path:
-    """The demo's file for `train` or `validation`."""
-    return Path(str(resources.files("llmkit.data") / "demo" / f"{split}.jsonl"))
+class FileSource:
+    """The rows of some files, one file after the other."""
+
+    def __init__(self, name: str, files: list[Path], *, limit: int | None):
+        self.name = name
+        self.special_tokens = _special_tokens(files)
+        self.parts = [str(file) for file in files]
+        self._files, self._limit = files, limit
+        self._states: list[list[int]] | None = None  # of the files, when they were hashed
+
+    def fingerprint(self) -> str:
+        """A hash of type and content of the files in their order, wherever they are and whatever their names."""
+        digest = hashlib.blake2b(digest_size=16)
+        states = []
+        for file in self._files:
+            try:
+                states.append(file_state(file))
+                digest.update(f"{file_type(file)} {is_gzipped(file)} {content_hash(file)}\n".encode())
+            except OSError as error:
+                raise DataError(f"{file}: cannot be read ({error.strerror}).") from error
+        self._states = states
+        return digest.hexdigest()
+
+    def blocks(self) -> Iterator[Block]:
+        """The rows, `limit` applied, in pieces. Raises DataError that names file and line for what cannot be read."""
+        left = self._limit
+        for file in self._files:
+            if left == 0:
+                break
+            for block in read_file(file, limit=left):
+                left = None if left is None else left - len(block)
+                yield block
+        # Else rows would be kept in the cache under the hash of others.
+        for file, state in zip(self._files, self._states or [], strict=False):
+            if not file.exists() or file_state(file) != state:
+                raise DataError(f"{file}: has changed while it was read; start again when it is complete.")
 
 
-def read_jsonl(path: Path) -> Iterator[Row]:
-    """The objects of a JSON Lines file, without blank lines. Raises DataError with file and line for anything else."""
+def _special_tokens(files: list[Path]) -> list[str]:
+    """The tokens in the `tokens.json` of each directory that holds a file, without repetition.
+
+    Raises DataError if one holds anything but `{"tokens": ["...", ...]}`.
+    """
+    tokens: dict[str, None] = {}
+    for folder in dict.fromkeys(file.parent for file in files):
+        path = folder / TOKENS_FILE
+        if path.is_file():
+            tokens |= dict.fromkeys(_read_tokens(path))
+    return list(tokens)
+
+
+def _read_tokens(path: Path) -> list[str]:
     try:
-        with path.open("rb") as lines:  # bytes: a text file is decoded in blocks, and the line at fault stays unknown
-            for number, line in enumerate(lines, start=1):
-                if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                if line.strip():
-                    yield Row(_parse(line, f"{path}, line {number}", first=number == 1), str(path), number)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: does not exist.") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
-
-
-def _parse(line: bytes, place: str, *, first: bool) -> dict[str, Any]:
-    try:
-        text = line.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place}: not UTF-8 text ({error.reason} at byte {error.start + 1}).") from error
-    hint = " A JSON array is not JSON Lines: write one object a line." if first and text.startswith("[") else ""
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place}: not JSON ({error.msg} at column {error.colno}): {text[:200]}{hint}") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{place}: a JSON object is expected, found: {text[:200]}{hint}")
-    if "\\u" in text:
-        try:
-            json.dumps(values, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(f"{place}: holds half a surrogate pair (\\ud800 to \\udfff), which is not text.") from error
-    return values
-
-
-def _hub_rows(data: DataConfig) -> Iterator[Row]:
-    import datasets
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        split = datasets.load_dataset(data.hub_id, data.hub_config, split="train")
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ConfigError(
-            f"data.hub_id={data.hub_id} cannot be loaded: {str(error).strip().splitlines()[0]} With a network: check "
-            "HF_ENDPOINT and HF_HUB_OFFLINE, and HF_TOKEN if it is gated or private. Without: copy it here and use "
-            "data.path=DIR."
-        ) from error
-    for number, values in enumerate(split):
-        yield Row(values, str(data.hub_id), number)
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}).") from error
+    found = content.get("tokens") if isinstance(content, dict) else None
+    if not isinstance(found, list) or not all(isinstance(token, str) and token for token in found):
+        raise DataError(
+            f'{path}: beside rows it lists their special tokens, {{"tokens": ["<USER>", ...]}}; rename it if it is '
+            "something else."
+        )
+    return found

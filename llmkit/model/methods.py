@@ -1,17 +1,21 @@
 """Which parameters are trained: full, freeze, lora, qlora."""
 
 import re
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmkit.config.schema import FreezeConfig, LoraConfig, TrainConfig
-from llmkit.errors import ConfigError, did_you_mean
+from llmkit.config.init_from import adapter_directory
+from llmkit.config.schema import FreezeConfig, TrainConfig
+from llmkit.errors import ConfigError
+from llmkit.model.adapters import add_adapter, continue_adapter
 from llmkit.model.precision import Precision
+from llmkit.model.structure import decoder_layers, token_matrices
 
-NEED_A_PASS_OVER_DATA = ("eva", "corda", "lora_ga")  # values of lora.init_lora_weights
+TRAINED_ROWS = "llmkit_trained_rows"  # attribute of a parameter of which only some rows are trained: how many
 
 
 def loading_dtype(config: TrainConfig, precision: Precision) -> torch.dtype:
@@ -19,8 +23,16 @@ def loading_dtype(config: TrainConfig, precision: Precision) -> torch.dtype:
     return precision.trained if config.method.name == "full" else precision.frozen
 
 
-def apply_method(model: PreTrainedModel, config: TrainConfig, precision: Precision) -> nn.Module:
+def apply_method(
+    model: PreTrainedModel, config: TrainConfig, precision: Precision, *, new_rows: Sequence[int] = ()
+) -> nn.Module:
     """Mark what is trained, in the dtype that training needs; wraps the model for lora and qlora.
+
+    With `init_from` an adapter, that one is continued. Full training moves all rows of new tokens anyway; the other
+    methods train just these of the embeddings and the head, whatever else they leave alone.
+
+    Args:
+        new_rows: the rows of tokens that are new to the model, as `fit_embeddings` returns them.
 
     Raises ConfigError if the settings select nothing.
     """
@@ -29,8 +41,12 @@ def apply_method(model: PreTrainedModel, config: TrainConfig, precision: Precisi
         model.requires_grad_(True)
     elif config.method.name == "freeze":
         freeze(model, config.freeze)
+        if new_rows:
+            train_rows(model, new_rows, weight_decay=config.training.weight_decay)
+    elif adapter := adapter_directory(config):
+        trained = continue_adapter(model, adapter, quantized=config.qlora is not None, new_rows=new_rows)
     else:
-        trained = add_adapter(model, config.lora, quantized=config.qlora is not None)
+        trained = add_adapter(model, config.lora, quantized=config.qlora is not None, new_rows=new_rows)
     cast_trained(trained, precision.trained)
     return trained
 
@@ -40,6 +56,21 @@ def cast_trained(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def trained_weights_kept(model: nn.Module) -> Iterator[None]:
+    """Put the adapter of a quantized model back at the end as it was at the beginning, dtype included.
+
+    Around making a TRL trainer, which rounds it to bfloat16 (trl 1.16): there small updates vanish, resuming is not
+    exact, and an adapter that is continued would not start as it was.
+    """
+    quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad and quantized]
+    before = [parameter.detach().clone() for parameter in trained]
+    yield
+    for parameter, value in zip(trained, before, strict=True):
+        parameter.data = value
 
 
 def freeze(model: PreTrainedModel, settings: FreezeConfig) -> None:
@@ -66,94 +97,28 @@ def freeze(model: PreTrainedModel, settings: FreezeConfig) -> None:
             parameter.requires_grad_(True)
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The stack of decoder layers: the first ModuleList as long as the config says (experts are lists too).
+def train_rows(model: PreTrainedModel, rows: Sequence[int], *, weight_decay: float) -> None:
+    """Train `rows` of the token matrices, where these are frozen, and no other row of them.
 
-    Raises ConfigError for a model without one.
+    Raises ConfigError with a weight decay, which would shrink the other rows although their gradient is zero.
     """
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ConfigError(
-        f"{type(model).__name__} has no list of its {count} layers: choose by name, with freeze.patterns or "
-        "lora.target_modules."
-    )
-
-
-def add_adapter(model: PreTrainedModel, settings: LoraConfig, *, quantized: bool) -> nn.Module:
-    """Wrap the model with PEFT's LoRA; the base is frozen."""
-    import peft
-
-    _check_adapter(model, settings)
-    if quantized:
-        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    else:
-        model.requires_grad_(False)
-    try:
-        return peft.get_peft_model(model, peft_config(settings, model))
-    except (ValueError, TypeError, ImportError) as error:  # what PEFT raises for options that do not go together
-        raise ConfigError(f"lora: {' '.join(str(error).split())}") from error
-
-
-def peft_config(settings: LoraConfig, model: PreTrainedModel) -> Any:
-    """PEFT's config for our `lora` node; the names are the same."""
-    import peft
-
-    targets = settings.target_modules
-    if targets == "all-linear" and settings.layers_to_transform:
-        targets = linear_names(decoder_layers(model))  # PEFT refuses its own word for them together with layers
-    assert settings.lora_alpha is not None, "resolve() fills it in"
-    bias: Any = settings.bias
-    return peft.LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=targets,
-        modules_to_save=settings.modules_to_save,
-        use_rslora=settings.use_rslora,
-        use_dora=settings.use_dora,
-        init_lora_weights=settings.init_lora_weights,
-        bias=bias,
-        layers_to_transform=settings.layers_to_transform or None,
-        task_type="CAUSAL_LM",
-    )
-
-
-def linear_names(model: nn.Module) -> list[str]:
-    """The last words of the names of linear modules: q_proj, k_proj, ..."""
-    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
-
-
-def _check_adapter(model: PreTrainedModel, settings: LoraConfig) -> None:
-    """Raises ConfigError where PEFT would be silent: a name without a module, no such layer, a start it cannot make."""
-    if settings.init_lora_weights in NEED_A_PASS_OVER_DATA:
+    frozen = [matrix for matrix in token_matrices(model) if not matrix.requires_grad]
+    if frozen and weight_decay:
         raise ConfigError(
-            f"lora.init_lora_weights={settings.init_lora_weights} needs a pass over the data before training, which "
-            "llmkit does not make; true, gaussian, pissa and olora need none."
+            f"training.weight_decay={weight_decay:g} with method=freeze and new tokens: the decay would move the rows "
+            "of all other tokens too. Use training.weight_decay=0, or train all rows: freeze.embeddings=true "
+            "freeze.head=true."
         )
-    modules = dict(model.named_modules())
-    head = next((name for name, module in modules.items() if module is model.get_output_embeddings()), "")
-    wanted = [] if settings.target_modules == "all-linear" else list(settings.target_modules)
-    if head and head.rpartition(".")[2] in wanted:
-        # TRL computes the loss from the head's weight directly, past an adapter on it.
-        raise ConfigError(f"lora.target_modules: {head} cannot carry an adapter; put it into lora.modules_to_save.")
-    linear = [name for name in linear_names(model) if name != head.rpartition(".")[2]]
-    every = sorted({name.rpartition(".")[2] for name in modules} - {""})
-    for key, choices, known in (
-        ("target_modules", wanted, linear),
-        ("modules_to_save", settings.modules_to_save or [], [word for word in every if not word.isdecimal()]),
-    ):
-        for choice in choices:
-            if not any(name == choice or name.endswith(f".{choice}") for name in modules):
-                raise ConfigError(
-                    f"lora.{key}={choice}: matches no module of {type(model).__name__}.{did_you_mean(choice, known)} "
-                    f"Its {'linear ' if known is linear else ''}modules: {', '.join(known)}."
-                )
-    if layers := settings.layers_to_transform:
-        count = len(decoder_layers(model))
-        if not all(0 <= layer < count for layer in layers):
-            raise ConfigError(f"lora.layers_to_transform={layers}: the model has {count} layers, 0 to {count - 1}.")
+
+    def keep(gradient: torch.Tensor) -> torch.Tensor:
+        kept = torch.zeros_like(gradient)
+        kept[list(rows)] = gradient[list(rows)]
+        return kept
+
+    for matrix in frozen:
+        matrix.requires_grad_(True)
+        matrix.register_hook(keep)
+        setattr(matrix, TRAINED_ROWS, len(rows))
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -163,5 +128,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         state = getattr(parameter, "quant_state", None)
         count = state.shape.numel() if state is not None else parameter.numel()
         total += count
-        trainable += count if parameter.requires_grad else 0
+        rows = getattr(parameter, TRAINED_ROWS, None)
+        if parameter.requires_grad:
+            trainable += count if rows is None else rows * (count // len(parameter))
     return trainable, total

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.training_args import OptimizerNames
 
-from llmkit.config.schema import DeepSpeedConfig, TrainConfig, TrainingConfig
+from llmkit.config.schema import DeepSpeedConfig, DpoConfig, TrainConfig, TrainingConfig
 from llmkit.errors import ConfigError, did_you_mean
 from llmkit.model.precision import Precision
 
@@ -70,6 +70,25 @@ def training_arguments(
         "report_to": config.tracking.report_to or "none",
         "run_name": config.tracking.run_name,
         "deepspeed": deepspeed_dict(config.deepspeed),
+    }
+
+
+def dpo_arguments(settings: DpoConfig) -> dict[str, Any]:
+    """Keyword arguments for TRL's DPOConfig, beside those of `training_arguments`."""
+    return {
+        "loss_type": settings.loss_type,
+        "loss_weights": settings.loss_weights,
+        "beta": settings.beta,
+        "label_smoothing": settings.label_smoothing,
+        "f_divergence_type": settings.f_divergence_type,
+        "f_alpha_divergence_coef": settings.f_alpha_divergence_coef,
+        "use_weighting": settings.use_weighting,
+        "ld_alpha": settings.ld_alpha,
+        "discopop_tau": settings.discopop_tau,
+        "disable_dropout": settings.disable_dropout,
+        "precompute_ref_log_probs": settings.precompute_ref_log_probs,
+        "precompute_ref_batch_size": settings.precompute_ref_batch_size,
+        "max_length": None,  # the data is prepared: nothing is cut here
     }
 
 

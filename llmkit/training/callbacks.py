@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from llmkit import rundir
-from llmkit.data.formats import Message
+from llmkit.data.examples import Conversation
 from llmkit.errors import NonFiniteError
 from llmkit.training.console import RunConsole
 from llmkit.training.generation import AnswerGenerator
@@ -67,7 +67,7 @@ class Samples(TrainerCallback):
     def __init__(
         self,
         generator: AnswerGenerator,
-        prompts: list[list[Message]],
+        prompts: list[Conversation],
         run_dir: Path,
         console: RunConsole,
         tracker: NoTracker,

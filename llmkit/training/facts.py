@@ -1,6 +1,5 @@
 """What only the training machine knows: completed in the config, and stated before training, one fact a line."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,36 +12,25 @@ from llmkit import config as configuration
 from llmkit.config import TrainConfig
 from llmkit.data.prepare import PreparedData, Split
 from llmkit.errors import ConfigError
+from llmkit.model.context import settle_lengths
 from llmkit.model.loading import cached_commit, load_model_config, model_source
 from llmkit.model.methods import count_parameters, loading_dtype
 from llmkit.model.precision import Precision, resolve_device, resolve_precision
 from llmkit.training.arguments import CHECKPOINTING_FROM_PARAMETERS, steps_per_pass, total_steps
 from llmkit.training.console import RunConsole
-
-LONGEST_DEFAULT = 2048  # tokens, where data.max_length is unset
-GIB = 2**30
+from llmkit.training.memory import GIB, capacity, in_units, optimizer_state
 
 
-def complete_config(config: TrainConfig, run_dir: Path) -> tuple[torch.device, Precision, int]:
+def complete_config(config: TrainConfig, run_dir: Path) -> tuple[torch.device, Precision]:
     """Fill in what was left to this machine and to the model's own config, and write config.yaml anew.
 
-    Returns the device, the precision and the longest example in tokens.
+    Returns the device and the precision.
     """
     device = resolve_device(config.hardware)
     precision = resolve_precision(config.precision.name, device)
-    own = load_model_config(config.model)
-    context = config.model.context_length or getattr(own.get_text_config(), "max_position_embeddings", None)
-    if config.data.max_length is not None and context is not None and config.data.max_length > context:
-        raise ConfigError(
-            f"data.max_length={config.data.max_length}: {config.model.name} takes at most {context} tokens."
-        )
-    found = {
-        "precision.name": precision.name,
-        "hardware.device": device.type,
-        "model.context_length": context,
-        "data.max_length": config.data.max_length or min(context or LONGEST_DEFAULT, LONGEST_DEFAULT),
-    }
-    for key, value in found.items():
+    load_model_config(config.model)  # brings it into the cache, which then knows the commit
+    settle_lengths(config)
+    for key, value in {"precision.name": precision.name, "hardware.device": device.type}.items():
         node, _, name = key.partition(".")
         holder = getattr(config, node)
         if getattr(holder, name) in (None, "auto"):
@@ -50,15 +38,14 @@ def complete_config(config: TrainConfig, run_dir: Path) -> tuple[torch.device, P
             config.derived.append(key)
     config.model.commit = cached_commit(config.model)
     configuration.save(config, run_dir)
-    assert config.data.max_length is not None
-    return device, precision, config.data.max_length
+    return device, precision
 
 
 def warn_of_size(config: TrainConfig, precision: Precision, device: torch.device, console: RunConsole) -> None:
     """Say that the weights alone do not fit, where their number is known, before they are downloaded and loaded."""
     bits = config.qlora.bits if config.qlora is not None else 8 * loading_dtype(config, precision).itemsize
     needed = (config.model.parameters or 0) * bits / 8 / GIB
-    if needed > (available := _available_gib(config, device)):
+    if needed > (available := capacity(config, device) / GIB):
         console.warn(
             f"the weights of {config.model.name} need {needed:.0f} GiB and {device_name(device)} has {available:.0f}: "
             "method=qlora needs a quarter of 16-bit weights, or choose a smaller model."
@@ -73,17 +60,12 @@ def settle_gradient_checkpointing(config: TrainConfig, model: nn.Module, run_dir
         configuration.save(config, run_dir)
 
 
-def learn_to_stop(model: Any, tokenizer: PreTrainedTokenizerBase, train: Split, console: RunConsole) -> None:
+def learn_to_stop(model: Any, tokenizer: PreTrainedTokenizerBase, train: Split) -> None:
     """Generation ends where answers end: the tokens that close them join generation_config's end tokens."""
     own = model.generation_config.eos_token_id
     known = [] if own is None else [own] if isinstance(own, int) else list(own)
     special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
     closing = sorted(train.end_tokens & special)
-    if train.end_tokens - special:
-        console.warn(
-            "some answers end in ordinary text, not in an end-of-turn token: the model does not learn to stop there. "
-            "The chat template should close the assistant's turn."
-        )
     model.generation_config.eos_token_id = list(dict.fromkeys([*closing, *known])) or None
     model.generation_config.pad_token_id = tokenizer.pad_token_id
 
@@ -96,6 +78,7 @@ def state_facts(
     *,
     device: torch.device,
     precision: Precision,
+    new_tokens: int,
 ) -> None:
     """One line per fact, as things really are, not as they were asked for."""
     trainable, total = count_parameters(model)
@@ -105,27 +88,28 @@ def state_facts(
     console.fact(
         "trained", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}) with method={config.method.name}"
     )
+    if new_tokens:
+        console.fact("new tokens", f"{new_tokens} rows, started as {config.data.special_tokens_init}")
     train, held_out = data.train, data.validation
-    console.fact(
-        "data",
-        f"{len(train):,} examples, {train.tokens:,} tokens, of which {train.supervised_tokens:,} are learnt "
-        f"({train.supervised_tokens / train.tokens:.0%}); longest {train.longest:,} tokens of at most "
-        f"{config.data.max_length:,}",
-    )
+    if config.recipe == "dpo":
+        counted = f"{len(train):,} pairs, {train.supervised_tokens:,} tokens in their answers"
+    else:
+        counted = f"{len(train):,} examples, {train.tokens:,} tokens, of which {train.supervised_tokens:,} are learnt "
+        counted += f"({train.supervised_tokens / train.tokens:.0%})"
+    console.fact("data", f"{counted}; longest {train.longest:,} tokens of at most {config.data.max_length:,}")
     console.fact(
         "held out", f"{len(held_out):,} examples" if held_out else "none: the loss on unseen data stays unknown"
     )
-    for split, name in ((train, "training"), (held_out, "held-out")):
-        for reason, count in (split.dropped if split else {}).items():
-            if count:
-                console.warn(f"{count:,} {name} rows were dropped (data.on_{reason}=drop)")
+    if data.test:
+        console.fact("test", f"{len(data.test):,} examples, measured at the end")
     training = config.training
-    steps = total_steps(training, len(train))
+    rows = len(train.dataset)
+    steps = total_steps(training, rows)
     batch = f"{training.per_device_train_batch_size} at a time x {training.gradient_accumulation_steps}"
     console.fact(
         "steps",
-        f"{steps:,} of {training.global_batch_size} examples ({batch}), "
-        f"about {steps / steps_per_pass(training, len(train)):.1f} passes; learning rate {training.learning_rate:g}, "
+        f"{steps:,} of {training.global_batch_size} {'examples' if rows == len(train) else 'sequences'} ({batch}), "
+        f"about {steps / steps_per_pass(training, rows):.1f} passes; learning rate {training.learning_rate:g}, "
         f"{training.lr_scheduler_type}; gradient checkpointing {'on' if training.gradient_checkpointing else 'off'}",
     )
     console.fact("device", f"{device_name(device)}, {_dtypes(model, precision)}, attention {attention(model)}")
@@ -165,29 +149,14 @@ def device_name(device: torch.device) -> str:
 
 
 def _state_memory(config: TrainConfig, model: nn.Module, console: RunConsole, device: torch.device) -> None:
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    # A gradient and Adam's two moments for each trained weight.
-    learning = sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    available = _available_gib(config, device)
-    needed = (weights + learning) / GIB
-    size = in_units(weights + learning)
-    console.fact("memory", f"{size} for weights, gradients and optimizer, plus activations; {available:.0f} GiB there")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    needed = sum(p.numel() * p.element_size() for p in (*model.parameters(), *trained))  # weights and gradients
+    needed += optimizer_state(config.training.optim, trained)
+    available = capacity(config, device)
+    there = f"{available / GIB:.0f} GiB"
+    console.fact("memory", f"{in_units(needed)} for weights, gradients and optimizer, plus activations; {there} there")
     if needed > 0.9 * available:
         console.warn(
-            f"that leaves too little of {available:.0f} GiB for activations: method=lora or qlora, precision=bf16_pure "
+            f"that leaves too little of {there} for activations: method=lora or qlora, precision=bf16_pure "
             "or deepspeed=zero3_offload need less."
         )
-
-
-def in_units(size: int) -> str:
-    """A number of bytes as `1.5 GiB` or `4 MiB`."""
-    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
-
-
-def _available_gib(config: TrainConfig, device: torch.device) -> float:
-    """Memory of the device in GiB: what it has, or less where hardware.memory_gib says so."""
-    if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory / GIB
-    else:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-    return min(there, config.hardware.memory_gib or there)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from llmkit.data.formats import Message
+from llmkit.data.examples import Conversation, Message
 from llmkit.data.masks import render
 
 BATCH_SIZE = 32
@@ -46,10 +46,10 @@ class AnswerGenerator:
     ):
         self.model, self.tokenizer, self.max_new_tokens, self.autocast = model, tokenizer, max_new_tokens, autocast
 
-    def answer(self, conversations: list[list[Message]]) -> list[Answer]:
-        """Generate the last assistant turn of each conversation from the turns before it."""
-        cases = [(self._prompt(conversation), conversation) for conversation in conversations]
-        limit = self.max_new_tokens or self._longest_reference(conversations)
+    def answer(self, conversations: list[Conversation]) -> list[Answer]:
+        """Generate the last turn of each conversation, an assistant's, from the turns before it."""
+        cases = [(self._prompt(conversation), conversation.messages) for conversation in conversations]
+        limit = self.max_new_tokens or self._longest_reference([turns for _, turns in cases])
         # Equal lengths together: less padding. The answers go back into the order of the conversations.
         order = sorted(range(len(cases)), key=lambda index: len(cases[index][0]))
         texts: dict[int, str] = {}
@@ -60,15 +60,15 @@ class AnswerGenerator:
                     texts[index] = text
         return [
             Answer(
-                prompt=turns[-2]["content"] if len(turns) > 1 else prompt,
+                prompt=(turns[-2].get("content") if len(turns) > 1 else None) or prompt,  # a tool call says nothing
                 answer=texts[i],
                 expected=turns[-1]["content"],
             )
             for i, (prompt, turns) in enumerate(cases)
         ]
 
-    def _prompt(self, conversation: list[Message]) -> str:
-        return render(self.tokenizer, conversation[:-1], prompt=True)
+    def _prompt(self, conversation: Conversation) -> str:
+        return render(self.tokenizer, conversation.messages[:-1], tools=conversation.tools, prompt=True)
 
     def _longest_reference(self, conversations: list[list[Message]]) -> int:
         answers = self.tokenizer([turns[-1]["content"] for turns in conversations], add_special_tokens=False)

@@ -10,6 +10,7 @@ from llmkit import rundir
 # Upstream's names -> ours; what is not here keeps its name.
 RENAMED = {"num_input_tokens_seen": "tokens", "eval_runtime": "eval_seconds"}
 DROPPED = {"eval_samples_per_second", "eval_steps_per_second", "eval_num_tokens", "num_tokens", "epoch", "total_flos"}
+DROPPED |= {"eval_model_preparation_time"}  # once, before training
 DROPPED |= {"train_runtime", "train_tokens_per_second"}  # over the whole session; ours are since the last record
 
 
@@ -109,7 +110,7 @@ def draw_losses(run_dir: Path) -> Path | None:
         if points:
             axes.plot(*zip(*points, strict=True), "o-" if name == "evaluation" else "-", label=name, markersize=4)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel("loss")
     axes.grid(alpha=0.3)
     axes.legend()
     path = run_dir / rundir.LOSS_PLOT

@@ -1,9 +1,9 @@
 """One run from the first measurement to the delivered model, for any recipe that has a trainer and data."""
 
-import resource
 import shlex
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,30 +14,30 @@ from transformers.trainer_callback import PrinterCallback
 
 from llmkit import rundir
 from llmkit.config import TrainConfig
-from llmkit.data.formats import Message
-from llmkit.data.prepare import PreparedData, Split
+from llmkit.config.schema import FIGURES_OF_RECIPE
+from llmkit.data.prepare import PreparedData
 from llmkit.errors import ConfigError
 from llmkit.training import checkpoints
 from llmkit.training.callbacks import BestWeights, Reporting, Samples, StopAtStepEnd
 from llmkit.training.console import RunConsole
 from llmkit.training.delivery import base_model, model_card, save_final, serve_command
 from llmkit.training.facts import device_name
-from llmkit.training.generation import AnswerGenerator, exact_match
+from llmkit.training.figures import Figure, exact_match_figures, questions
+from llmkit.training.final_test import in_words, measure_test
+from llmkit.training.generation import AnswerGenerator
+from llmkit.training.memory import peak_memory
 from llmkit.training.metrics import MetricsFile, draw_losses, last_tokens, mean_loss, read_metrics
 from llmkit.training.stopping import StopRequest
 from llmkit.training.tracking import start_tracker
 from llmkit.training.versions import versions
 
-# Figures measured before and after training, as result.json and the table at the end name them.
-FIGURES = {
-    "eval_loss": "loss, held out",
-    "exact_match": "exact match, held out",
-    "train_exact_match": "exact match, trained on",
-}
-
 
 class Session:
-    """Measures, trains, measures again and delivers; as a context manager it closes files and trackers in any case."""
+    """Measures, trains, measures again and delivers; as a context manager it closes files and trackers in any case.
+
+    Args:
+        figures: what the recipe measures beside the loss, given the session.
+    """
 
     def __init__(
         self,
@@ -50,6 +50,7 @@ class Session:
         stop: StopRequest,
         *,
         autocast: torch.dtype | None,
+        figures: "Callable[[Session], list[Figure]]" = exact_match_figures,
     ):
         self.config, self.run_dir, self.trainer, self.data = config, run_dir, trainer, data
         self.tokenizer, self.console, self.stop = tokenizer, console, stop
@@ -58,9 +59,12 @@ class Session:
         step, earlier_seconds = self._manifest()
         self.began -= earlier_seconds
         trainer.facts = lambda: {"dataset_fingerprint": data.fingerprint, "seconds": time.monotonic() - self.began}
+        self.asked = figures(self)
         earlier = [r for r in read_metrics(run_dir) if r["step"] == 0] if self.checkpoint else []
-        self.base: dict[str, float] = {k: r[k] for r in earlier for k in FIGURES if k in r}
+        names = ["eval_loss", *(figure.name for figure in self.asked)]
+        self.base: dict[str, float] = {k: r[k] for r in earlier for k in names if k in r}
         self.figures: dict[str, float] = {}
+        self.test: dict[str, Any] | None = None
         self.stopped = False  # before the last step
         self.final_is = "last"
         self.metrics = MetricsFile(run_dir, keep_through_step=step)
@@ -69,7 +73,7 @@ class Session:
         self.generator = AnswerGenerator(
             trainer.model, tokenizer, max_new_tokens=config.evaluation.max_new_tokens, autocast=autocast
         )
-        prompts = questions(data.validation or data.train)[: config.evaluation.samples]
+        prompts = questions(data.validation or data.train, config.evaluation.samples)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Reporting(self.metrics, console, self.tracker))
         trainer.add_callback(Samples(self.generator, prompts, run_dir, console, self.tracker, keep_through_step=step))
@@ -106,10 +110,10 @@ class Session:
         return manifest["step"], manifest["seconds"]
 
     def measure_base(self) -> None:
-        """The figures of the untrained model, which those after training stand beside."""
+        """The figures of the model as it starts, which those after training stand beside."""
         if self.checkpoint or not self.config.evaluation.baseline:
             return
-        self.console.fact("before", "figures and answers of the untrained model")
+        self.console.fact("before", "figures and answers of the model as it starts")
         self.base = self._measure()
 
     def train(self) -> None:
@@ -130,6 +134,14 @@ class Session:
         self.figures = self._measure()
         self._print_comparison()
 
+    def measure_test(self) -> None:
+        """The figures of what will be delivered on `data.test`, which nothing has looked at until now."""
+        if self.stopped or self.data.test is None:
+            return
+        examples = self.config.evaluation.examples
+        self.test = measure_test(self.trainer, self.data.test, self.generator, examples=examples)
+        self.console.fact("test", "; ".join(in_words(name, figure) for name, figure in self.test.items()))
+
     def deliver(self) -> dict[str, Any]:
         """Write `final/` and return the contents of result.json."""
         result = self._result()
@@ -139,7 +151,8 @@ class Session:
             )
             return result
         shutil.rmtree(Path(self.trainer.args.output_dir), ignore_errors=True)
-        card = model_card(self.config, {"train_loss": result["train_loss"]} | self.figures)
+        figures = {"train_loss": result["train_loss"]} | self.figures
+        card = model_card(self.config, figures, model=self.trainer.model)
         final = save_final(self.trainer.model, self.tokenizer, self.config, self.run_dir, card)
         self.console.fact("final", f"{final}")
         repeat = shlex.join(["llmkit", "train", str(self.run_dir / rundir.CONFIG)])
@@ -158,15 +171,11 @@ class Session:
         elif self.data.validation:
             logged = [r for r in read_metrics(self.run_dir) if r["step"] == state.global_step and "eval_loss" in r]
             figures["eval_loss"] = logged[-1]["eval_loss"] if logged else self.trainer.evaluate()["eval_loss"]
-        for name, split in (("exact_match", self.data.validation), ("train_exact_match", self.data.train)):
-            asked = questions(split)[: self.config.evaluation.examples] if split else []
-            if asked:
-                figures[name] = exact_match(self.generator.answer(asked))
-        matches = {name: value for name, value in figures.items() if name != "eval_loss"}
-        if matches and self.final_is == "last":
-            record = self.metrics.append(matches, step=state.global_step, epoch=state.epoch)
+        shares = {figure.name: value for figure in self.asked if (value := figure.of(self)) is not None}
+        if shares and self.final_is == "last":
+            record = self.metrics.append(shares, step=state.global_step, epoch=state.epoch)
             self.tracker.log(record or {})
-        return figures
+        return figures | shares
 
     def _print_comparison(self) -> None:
         def shown(name: str, value: float | None) -> str:
@@ -176,7 +185,7 @@ class Session:
 
         rows = [
             [label, *([shown(name, self.base.get(name))] if self.base else []), shown(name, self.figures[name])]
-            for name, label in FIGURES.items()
+            for name, label in [("eval_loss", "loss, held out"), *((one.name, one.label) for one in self.asked)]
             if name in self.figures
         ]
         if rows:
@@ -196,8 +205,8 @@ class Session:
             "steps": state.global_step,
             "train_loss": train_loss,
             "eval_loss": figures.get("eval_loss"),
-            "exact_match": figures.get("exact_match"),
-            "train_exact_match": figures.get("train_exact_match"),
+            **{name: figures.get(name) for names in FIGURES_OF_RECIPE.values() for name in names},
+            "test": self.test,
             "objective": figures.get(config.objective),
             "objective_name": config.objective,
             "base": self.base,
@@ -215,19 +224,3 @@ class Session:
             "dataset_fingerprint": self.data.fingerprint,
             "versions": versions(),
         }
-
-
-def questions(split: Split) -> list[list[Message]]:
-    """Each conversation up to and with its last answer."""
-    cut = []
-    for messages in split.messages:
-        last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-        cut.append(messages[: last + 1])
-    return cut
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: of the GPU by tensors, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llmkit import rundir
-from llmkit.data.prepare import IGNORED
+from llmkit.data.batches import IGNORED
 from llmkit.errors import NonFiniteError
 from llmkit.training import checkpoints
 
@@ -31,12 +31,12 @@ class RunMixin:
         self._batches_of_step: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = []
         self._overflows = 0
         self.facts: Callable[[], dict[str, Any]] = dict  # what a checkpoint's manifest says of the run
-        self._evaluated = torch.zeros(2)  # summed loss and learnt tokens of the evaluation under way
+        self._evaluated = torch.zeros(2)  # summed loss and items of the evaluation under way
         super().__init__(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Remember the step's micro-batches until its gradient is known to be finite."""
-        kept = {name: value for name, value in inputs.items() if name in ("input_ids", "labels")}
+        kept = {"input_ids": inputs["input_ids"], "labels": labels_of(inputs)}
         loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         self._batches_of_step.append((kept, loss))
         return loss
@@ -81,24 +81,27 @@ class RunMixin:
             "training.max_grad_norm, or precision=fp32; and look at the batch."
         )
 
+    def count_items(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """How many items a batch's loss is the mean over: its learnt tokens."""
+        return (labels_of(inputs)[..., 1:] != IGNORED).sum()
+
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Evaluate one batch, and count what its mean stands for."""
         output = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        if "labels" in inputs:
-            tokens = (inputs["labels"][..., 1:] != IGNORED).sum().to(output[0].device)
-            self._evaluated += torch.stack([output[0].detach() * tokens, tokens])
+        items = self.count_items(inputs).to(output[0].device)
+        self._evaluated += torch.stack([output[0].detach() * items, items])
         return output
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """The loss is the mean over all learnt tokens.
+        """The loss is the mean over all items.
 
         Upstream averages the means of batches, so its evaluation loss depends on the batch size (transformers 5.19).
         """
         self._evaluated = torch.zeros(2, device=self.args.device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
-        total, tokens = self.accelerator.reduce(self._evaluated, "sum")
-        if tokens:
-            output.metrics[f"{metric_key_prefix}_loss"] = float(total / tokens)
+        total, items = self.accelerator.reduce(self._evaluated, "sum")
+        if items:
+            output.metrics[f"{metric_key_prefix}_loss"] = float(total / items)
         return output
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -109,3 +112,10 @@ class RunMixin:
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Ours is written at the end, for what a user loads."""
+
+
+def labels_of(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The tokens that a batch is to make likelier or, in the second half of DPO's, less likely; IGNORED elsewhere."""
+    if "labels" in inputs:
+        return inputs["labels"]
+    return inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)

@@ -13,7 +13,7 @@ ODD_NAMES = [
     'a"b.jsonl',
     "(1)[2]{3}.jsonl",
     "$HOME.jsonl",
-    "1e5",
+    "1e5",  # a directory, of which rows are in a file
     "007",
 ]
 
@@ -28,7 +28,9 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ODD_NAMES)
 @pytest.mark.parametrize("switch", [[], ["-m"]], ids=["single", "sweep"])
 def test_a_path_reaches_the_config_as_typed(compose, here, name, switch):
-    (here / name).touch()
+    rows = here / name if name.endswith(".jsonl") else here / name / "rows.jsonl"
+    rows.parent.mkdir(exist_ok=True)
+    rows.touch()
     config = compose(f"data.path={name}", *switch)
 
     assert (config[0] if switch else config).data.path == name
@@ -40,6 +42,26 @@ def test_any_text_is_taken_as_typed(compose, key):
     node, _, field = key.rpartition(".")
 
     assert getattr(getattr(config, node) if node else config, field) == "<|a, b = c|>"
+
+
+@pytest.mark.parametrize(
+    ("typed", "key", "value"),
+    [
+        ("data.columns.question=a, b = c", "columns", {"question": "a, b = c"}),
+        ("data.columns={question: Problem}", "columns", {"question": "Problem"}),
+        ("data.chat_template_kwargs.enable_thinking=false", "chat_template_kwargs", {"enable_thinking": False}),
+    ],
+)
+def test_a_mapping_takes_any_key_and_values_of_its_type(compose, typed, key, value):
+    assert getattr(compose(typed).data, key) == value
+
+
+@pytest.mark.parametrize("typed", ["[<|a|>,<|b|>]", "[<|a|>, <|b|>]", "['<|a|>','<|b|>']"])
+@pytest.mark.parametrize("switch", [[], ["-m"]], ids=["single", "sweep"])
+def test_a_list_of_texts_is_taken_as_typed(compose, typed, switch):
+    config = compose(f"data.special_tokens={typed}", *switch)
+
+    assert (config[0] if switch else config).data.special_tokens == ["<|a|>", "<|b|>"]
 
 
 def test_a_url_with_a_query_is_taken_as_typed(compose):
@@ -68,9 +90,9 @@ def test_validation_takes_a_share_a_file_or_nothing(compose, here, typed, value)
 
 
 def test_a_quoted_value_is_taken_without_its_quotes(compose, here):
-    (here / "a,b").touch()
+    (here / "a,b.jsonl").touch()
 
-    assert compose("data.path='a,b'").data.path == "a,b"
+    assert compose("data.path='a,b.jsonl'").data.path == "a,b.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -142,6 +164,13 @@ def test_a_data_file_alone_takes_the_place_of_the_demo(compose, chats_file):
     assert (config.data.name, config.data.format, config.data.validation) == ("jsonl", "auto", 0.05)
 
 
+def test_a_list_of_sources_alone_takes_the_place_of_the_demo(compose, chats_file):
+    config = compose(f"data.datasets=[{{path: {chats_file()}}},{{path: {chats_file(name='more.jsonl')}, limit: 3}}]")
+
+    assert (config.data.name, config.data.path, config.data.validation) == ("jsonl", None, 0.05)
+    assert [source.limit for source in config.data.datasets] == [None, 3]
+
+
 def test_a_model_directory_alone_takes_the_place_of_the_tiny_model(compose, here):
     config = compose(f"model.path={here}")
 
@@ -151,6 +180,7 @@ def test_a_model_directory_alone_takes_the_place_of_the_tiny_model(compose, here
 
 def test_a_path_belongs_to_the_group_that_was_chosen(compose, here):
     (here / "train.jsonl").touch()
+    (here / "test.jsonl").touch()
     assert compose("data=gsm8k", f"data.path={here}").data.format == "question_answer"
 
 
@@ -162,6 +192,7 @@ def test_a_path_belongs_to_the_data_that_an_experiment_chooses(compose, here):
     own = here / "own" / "experiment"
     own.mkdir(parents=True)
     (here / "train.jsonl").touch()
+    (here / "test.jsonl").touch()
     (own / "maths.yaml").write_text("# @package _global_\ndefaults:\n  - override /data: gsm8k\n")
     config = compose("--config-dir", here / "own", "experiment=maths", f"data.path={here}")
 

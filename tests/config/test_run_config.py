@@ -13,6 +13,8 @@ CONFIGS = {
     "the default": [],
     "qlora": ["method=qlora", "model=phi2", "lora.target_modules=[q_proj,v_proj]", "lora.modules_to_save=[lm_head]"],
     "freeze": ["method=freeze", "freeze.patterns=['a,b','c=d{2}']", "data.validation=0.1"],
+    "dpo": ["recipe=dpo", "dpo.loss_type=[ipo,sft]", "dpo.loss_weights=[1,0.5]", "dpo.ld_alpha=0.5"],
+    "mappings": ["data.columns.question=Problem, the", "data.chat_template_kwargs.thinking=false"],
     "full": ["method=full", "evaluation=off", "hardware=rtx4090", "training.global_batch_size=32"],
     "odd text": ['tracking.run_name=it\'s, "a" \\ ü\n$x', "model.pad_token=\\${a}", "tracking.tags=['1','null','off']"],
 }

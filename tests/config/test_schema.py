@@ -11,7 +11,8 @@ import llmkit
 from llmkit.config.schema import NODES, TrainConfig, walk_schema
 
 PACKAGE = Path(llmkit.__file__).parent
-CLASSES = {node.__name__: node for node in (*NODES.values(), TrainConfig)}
+# A source of `data.datasets` has the fields of `data`, which is one itself.
+CLASSES = {node.__name__: node for node in (*NODES.values(), TrainConfig)} | {"SourceConfig": NODES["data"]}
 KEYS = dict(walk_schema())
 
 # An option's own name chooses the file; `user_file.file_overrides` reads all of them alike when a run is repeated

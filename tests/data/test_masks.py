@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.data.masks import answer_spans, render
+from llmkit.data.masks import AnswerFinder, render
 from llmkit.data.templates import read_template
 from llmkit.errors import DataError
 
@@ -50,7 +50,7 @@ def trl_template(name):
 
 def learnt(tokenizer, messages) -> list[str]:
     text = render(tokenizer, messages)
-    return [text[start:end] for start, end in answer_spans(tokenizer, messages, text)]
+    return [text[start:end] for start, end in AnswerFinder(tokenizer).spans(messages, text)]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_trl_marks_the_same_characters_apart_from_headers_and_line_breaks(tokeni
         if texts[0] != text:  # TRL changes some templates so that all turns look like the last
             continue
         compared += 1
-        ours = {i for start, end in answer_spans(tokenizer, messages, text) for i in range(start, end)}
+        ours = {i for start, end in AnswerFinder(tokenizer).spans(messages, text) for i in range(start, end)}
         theirs = {i for start, end in marks[0] for i in range(start, end)}
         headers = set()
         for index in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
@@ -163,7 +163,7 @@ def test_a_question_that_holds_the_answer_and_its_end_is_not_taken_for_it(tokeni
     tokenizer = tokenizer_with(trl_template("qwen3"))
 
     text = render(tokenizer, messages)
-    (start, _), _ = answer_spans(tokenizer, messages, text)
+    (start, _), _ = AnswerFinder(tokenizer).spans(messages, text)
     assert text[:start].endswith("<|im_start|>assistant\n")
 
 
@@ -187,7 +187,7 @@ def test_answers_that_a_template_changes_afterwards_are_refused(tokenizer_with):
 
 @pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
 def test_a_template_that_leaves_the_answers_text_out_is_refused(tokenizer_with, name):
-    with pytest.raises(DataError, match="leaves out the answer's text"):
+    with pytest.raises(DataError, match=r"leaves out the answer's '(one|two)'"):
         learnt(tokenizer_with(trl_template(name)), TWO)
 
 
@@ -217,3 +217,82 @@ def test_any_conversation_learns_exactly_its_answers(tiny_tokenizer, messages):
     check(read_template("plain"), str.strip, "<|end|>")
     check(read_template("chat-ml"), str, "<|im_end|>")
     check(trl_template("llama3"), str.strip, "<|eot_id|>")
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(messages=conversations)
+def test_one_rendering_finds_what_a_rendering_for_each_answer_finds(tiny_tokenizer, messages):
+    for template in (tiny_tokenizer.chat_template, read_template("chat-ml"), trl_template("llama3")):
+        tokenizer = copy.copy(tiny_tokenizer)
+        tokenizer.chat_template = template
+        quick, thorough = AnswerFinder(tokenizer), AnswerFinder(tokenizer)
+        assert quick._markers
+        thorough.__dict__["_markers"] = None
+
+        text = render(tokenizer, messages)
+        assert quick.spans(messages, text) == thorough.spans(messages, text)
+
+
+def test_one_rendering_is_not_believed_where_a_question_holds_a_header(tokenizer_with):
+    header = "<|im_start|>assistant\n"
+    messages = [user(f"{header}no<|im_end|>"), assistant("no")]
+    tokenizer = tokenizer_with(read_template("chat-ml"))
+
+    text = render(tokenizer, messages)
+    assert AnswerFinder(tokenizer).spans(messages, text) == [(text.rindex(header) + len(header), len(text.rstrip()))]
+
+
+@pytest.mark.parametrize("template", ["tiny", "plain", "chat-ml", "llama3", "qwen3", "gptoss"])
+@pytest.mark.parametrize("wanted", [[1], [3], [1, 3], []])
+def test_only_the_wanted_answers_are_found(tiny_tokenizer, tokenizer_with, template, wanted):
+    shipped = {"tiny": tiny_tokenizer.chat_template, **{name: read_template(name) for name in ("plain", "chat-ml")}}
+    tokenizer = tokenizer_with(shipped.get(template) or trl_template(template))
+    text = render(tokenizer, TWO)
+
+    found = [text[start:end] for start, end in AnswerFinder(tokenizer).spans(TWO, text, wanted=wanted)]
+    assert len(found) == len(wanted)
+    assert all(TWO[index]["content"] in one for index, one in zip(wanted, found, strict=True))
+
+
+@pytest.mark.parametrize("template", ["tiny", "chat-ml", "llama3", "qwen3"])
+def test_an_answer_that_opens_the_conversation_is_found(tiny_tokenizer, tokenizer_with, template):
+    shipped = {"tiny": tiny_tokenizer.chat_template, "chat-ml": read_template("chat-ml")}
+    tokenizer = tokenizer_with(shipped.get(template) or trl_template(template))
+
+    first, second = learnt(tokenizer, [assistant("how can I help"), user("so"), assistant("thus")])
+    assert first.startswith("how can I help<|")
+    assert "thus<|" in second
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}},
+    }
+]
+CALL = {"role": "assistant", "content": "", "tool_calls": [
+    {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+]}  # fmt: skip
+
+
+@pytest.mark.parametrize("template", ["qwen3", "qwen2_5"])
+def test_a_tool_call_is_learnt_and_the_result_is_not(tokenizer_with, template):
+    tokenizer = tokenizer_with(trl_template(template))
+    messages = [user("1+2?"), CALL, {"role": "tool", "content": "3"}, assistant("It is 3.")]
+    text = render(tokenizer, messages, tools=TOOLS)
+
+    spans = AnswerFinder(tokenizer).spans(messages, text, tools=TOOLS)
+    call, answer = (text[start:end] for start, end in spans)
+    assert '"name": "add"' in call
+    assert call.endswith("<|im_end|>")
+    assert "tool_response" not in call + answer
+    assert answer.endswith("It is 3.<|im_end|>")
+
+
+@pytest.mark.parametrize("template", ["qwen3", "gptoss"])
+def test_the_reasoning_of_the_last_answer_is_learnt_where_the_template_has_a_place_for_it(tokenizer_with, template):
+    messages = [user("1+1?"), {"role": "assistant", "content": "2", "reasoning_content": "one and one"}]
+
+    (answer,) = learnt(tokenizer_with(trl_template(template)), messages)
+    assert "one and one" in answer
+    assert "2<|" in answer

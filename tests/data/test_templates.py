@@ -13,8 +13,11 @@ CHAT = [
 ]
 RENDERED = {
     "chat-ml": (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n 1+1? <|im_end|>\n"
+        "<|bos|><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n 1+1? <|im_end|>\n"
         "<|im_start|>assistant\n 2 <|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
+    ),
+    "role-markers": (
+        "<|bos|><SYSTEM>Be brief.</SYSTEM><USER> 1+1? </USER><ASSISTANT> 2 </ASSISTANT><USER>2+2?</USER><ASSISTANT>"
     ),
     "plain": "<|bos|>Be brief.\n\n### User:\n1+1?\n\n### Assistant:\n2<|end|>\n\n### User:\n2+2?\n\n### Assistant:\n",
 }

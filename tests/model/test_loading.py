@@ -1,6 +1,5 @@
-"""Padding token, chat template and weights: the right ones, or a message that says which key to change."""
+"""Config and weights: the right ones, or a message that says which key to change."""
 
-import copy
 import json
 import shutil
 from pathlib import Path
@@ -32,92 +31,6 @@ def load(directory, quantization=None, **settings) -> Any:
 def model_copy(tiny_model_dir, tmp_path) -> Path:
     """A copy of the tiny model that a test may break."""
     return Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
-
-
-@pytest.fixture
-def tokenizer(tiny_tokenizer):
-    """A copy of the tiny tokenizer that a test may change."""
-    return copy.deepcopy(tiny_tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("choice", "expected"),
-    [("auto", "<|pad|>"), ("bos", "<|bos|>"), ("eos", "<|end|>"), ("<|system|>", "<|system|>")],
-)
-def test_the_padding_token_is_the_one_chosen(tokenizer, choice, expected):
-    from llmkit.model.loading import set_pad_token
-
-    set_pad_token(tokenizer, choice)
-    assert tokenizer.pad_token == expected
-
-
-def test_a_tokenizer_without_a_padding_token_gets_unk_or_else_eos(tokenizer):
-    from llmkit.model.loading import set_pad_token
-
-    tokenizer.pad_token = None
-    set_pad_token(tokenizer, "auto")
-    assert tokenizer.pad_token == "<|end|>"
-    tokenizer.pad_token, tokenizer.unk_token = None, "<|system|>"
-    set_pad_token(tokenizer, "auto")
-    assert tokenizer.pad_token == "<|system|>"
-
-
-@pytest.mark.parametrize(
-    ("choice", "said"),
-    [
-        ("unk", "this tokenizer has no unk token; use auto"),
-        ("[PAD]", r"not in the vocabulary; use auto, unk, bos, eos"),
-    ],
-)
-def test_a_padding_token_that_is_not_there_is_refused(tokenizer, choice, said):
-    from llmkit.model.loading import set_pad_token
-
-    with pytest.raises(ConfigError, match=rf"model\.pad_token={choice}".replace("[", r"\[") + f".*{said}"):
-        set_pad_token(tokenizer, choice)
-
-
-def test_a_tokenizer_with_nothing_to_pad_with_says_so(tokenizer):
-    from llmkit.model.loading import set_pad_token
-
-    tokenizer.pad_token = tokenizer.eos_token = None
-    with pytest.raises(ConfigError, match="has no pad, unk or eos token"):
-        set_pad_token(tokenizer, "auto")
-
-
-def test_the_models_own_chat_template_is_kept(tokenizer):
-    from llmkit.model.loading import set_chat_template
-
-    own = tokenizer.chat_template
-    set_chat_template(tokenizer, "keep-original")
-    assert tokenizer.chat_template == own
-
-
-def test_a_model_without_a_chat_template_is_told_of_one(tokenizer):
-    from llmkit.model.loading import set_chat_template
-
-    tokenizer.chat_template = None
-    with pytest.raises(ConfigError, match=r"no chat template.*data\.chat_template=plain"):
-        set_chat_template(tokenizer, "keep-original")
-    set_chat_template(tokenizer, "plain")
-    assert "### User" in tokenizer.chat_template
-
-
-def test_a_template_whose_markers_are_no_tokens_is_refused(tokenizer):
-    from llmkit.model.loading import set_chat_template
-
-    with pytest.raises(ConfigError, match=r"<\|im_start\|> and <\|im_end\|> are not tokens.*plain"):
-        set_chat_template(tokenizer, "chat-ml")
-    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
-    set_chat_template(tokenizer, "chat-ml")
-    assert "<|im_start|>" in tokenizer.chat_template
-
-
-def test_the_plain_template_needs_a_token_to_end_with(tokenizer):
-    from llmkit.model.loading import set_chat_template
-
-    tokenizer.eos_token = None
-    with pytest.raises(ConfigError, match=r"data\.chat_template=plain: .*no eos token"):
-        set_chat_template(tokenizer, "plain")
 
 
 def test_a_directory_without_a_tokenizer_is_named(model_copy):

@@ -1,6 +1,8 @@
 """Runs of the real recipe in this process, so that a test pays for its steps and not for an import."""
 
-from collections.abc import Callable
+import gc
+import importlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,14 +49,16 @@ def compose() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def train(compose: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+def train(compose: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Run]]:
     """Train with the given overrides (default: 4 steps, no generated answers) and return the finished run."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     from llmkit.launchers.prepare import prepare
-    from llmkit.recipes import sft
+    from llmkit.recipes import dpo, sft  # noqa: F401 - what they import is left out of collections, as in the worker
     from llmkit.training.console import RunConsole
     from llmkit.training.stopping import StopRequest
+
+    gc.freeze()
 
     def run(*overrides: str, run_dir: Path | None = None, stop: StopRequest | None = None) -> Run:
         config = compose("evaluation=off", "training.max_steps=4", *overrides)
@@ -64,7 +68,25 @@ def train(compose: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory)
         GradientState._reset_state()
         PartialState._reset_state()
         with prepare(config, run_dir):
-            result = sft.run(config, run_dir, RunConsole(), stop or StopRequest())
+            recipe = importlib.import_module(f"llmkit.recipes.{config.recipe}")
+            result = recipe.run(config, run_dir, RunConsole(), stop or StopRequest())
         return Run(run_dir, config, result)
 
-    return run
+    yield run
+    gc.unfreeze()
+
+
+@pytest.fixture
+def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The trainers of recipe=dpo that this test's runs made, as they were left."""
+    from llmkit.recipes import dpo
+
+    made: list[Any] = []
+
+    class Kept(dpo.PreferenceTrainer):
+        def __init__(self, **arguments: Any):
+            made.append(self)
+            super().__init__(**arguments)
+
+    monkeypatch.setattr(dpo, "PreferenceTrainer", Kept)
+    return made

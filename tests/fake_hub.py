@@ -1,6 +1,6 @@
-"""A Hugging Face hub on this machine: serves directories as models, and answers as the hub does when it refuses.
+"""A Hugging Face hub on this machine: serves directories as models or data sets, and refuses as the hub does.
 
-    with FakeHub({"org/tiny": directory}, gated={"org/gated"}) as hub:
+    with FakeHub({"org/tiny": directory, "datasets/org/rows": directory}, gated={"org/gated"}) as hub:
         subprocess.run(..., env=os.environ | hub.environment(tmp_path / "hf-home"))
 
 A process reads HF_ENDPOINT when it imports huggingface_hub, so whoever is to use this hub is a process of its own.
@@ -13,13 +13,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any, Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"  # what `main` of every model stands for
+COMMIT = "0123456789abcdef0123456789abcdef01234567"  # what `main` of every repository stands for
 
 
 class FakeHub:
     """A hub that holds `models` (id -> directory); those named in `gated` ask for a token, and any will do.
+
+    A data set's id begins with `datasets/`, as on the hub.
 
     `requests` lists what was asked for: ("HEAD", "/org/tiny/resolve/main/config.json"), ...
     """
@@ -50,18 +52,22 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        self._answer()
+
     def do_GET(self) -> None:
         self._answer()
 
     def _answer(self) -> None:
+        asked = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((self.command, path))
-        words = path.strip("/").split("/")
-        api = words[:2] == ["api", "models"]
-        org, name, *rest = words[2:] if api else words
-        # resolve/REVISION/FILE, or of the API: revision/REVISION, tree/REVISION/FOLDER, or nothing.
-        kind, revision, *inside = [*rest, "", ""] if len(rest) < 2 else rest
-        model, wanted = f"{org}/{name}", "/".join(inside)
+        words = path.strip("/").removeprefix("api/").removeprefix("models/").split("/")
+        folder = "datasets/" if words[0] == "datasets" else ""
+        org, name, *rest = [*words[bool(folder) :], ""]
+        # resolve/REVISION/FILE, or of the API: revision/REVISION, tree/REVISION/FOLDER, paths-info/REVISION, or none.
+        kind, revision, *inside = [*rest, "", ""]
+        model, wanted = f"{folder}{org}/{name}", "/".join(inside).strip("/")
         if model in self.hub.gated and "Authorization" not in self.headers:
             self._refuse(401, "GatedRepo", f"Access to model {model} is restricted. Please log in.")
         elif model not in self.hub.models:
@@ -70,10 +76,18 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         elif kind == "resolve":
             self._file(self.hub.models[model] / wanted)
-        elif kind == "tree" and wanted:
+        elif kind == "tree" and wanted and not (self.hub.models[model] / wanted).is_dir():
             self._refuse(404, "EntryNotFound", f"{wanted} does not exist")
+        elif kind == "tree":
+            self._json(
+                [_entry(self.hub.models[model], path) for path in sorted((self.hub.models[model] / wanted).rglob("*"))]
+            )
+        elif kind == "paths-info":
+            names = parse_qs(asked.decode()).get("paths", []) if asked[:1] != b"{" else json.loads(asked)["paths"]
+            paths = [self.hub.models[model] / name for name in names]
+            self._json([_entry(self.hub.models[model], path) for path in paths if path.exists()])
         else:
-            self._facts(model, kind)
+            self._facts(model)
 
     def _file(self, file: Path) -> None:
         if file.is_file():
@@ -82,12 +96,10 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._refuse(404, "EntryNotFound", "Entry not found")
 
-    def _facts(self, model: str, kind: str) -> None:
+    def _facts(self, model: str) -> None:
         files = sorted(file for file in self.hub.models[model].iterdir() if file.is_file())
-        if kind == "tree":
-            self._json([{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": COMMIT} for f in files])
-        else:
-            self._json({"id": model, "sha": COMMIT, "siblings": [{"rfilename": file.name} for file in files]})
+        name = model.removeprefix("datasets/")
+        self._json({"id": name, "sha": COMMIT, "siblings": [{"rfilename": file.name} for file in files]})
 
     def _json(self, value: Any) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
@@ -105,3 +117,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         """Nothing: `requests` keeps them."""
+
+
+def _entry(root: Path, path: Path) -> dict[str, Any]:
+    name = path.relative_to(root).as_posix()
+    if path.is_dir():
+        return {"type": "directory", "path": name, "oid": COMMIT}
+    return {
+        "type": "file",
+        "path": name,
+        "size": path.stat().st_size,
+        "oid": hashlib.sha1(path.read_bytes()).hexdigest(),
+    }

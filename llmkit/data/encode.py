@@ -1,0 +1,64 @@
+"""Blocks of raw rows -> record batches of tokens. Runs in worker processes, a block at a time."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from llmkit.data.batches import CONVERSATIONS, PREFERENCES, EncodedBlock, Notes, record_batch
+from llmkit.data.chat_text import ChatText
+from llmkit.data.conversations import ConversationEncoder
+from llmkit.data.examples import Conversation, Preference
+from llmkit.data.formats import convert
+from llmkit.data.preferences import PreferenceEncoder
+from llmkit.data.readers import Block
+
+
+@dataclass(kw_only=True)
+class Encoder:
+    """Turns blocks into tokens, masked and, where `on_overlong` says so, made to fit.
+
+    Args:
+        layout: a format's name, not `auto`.
+        max_length: longest example in tokens.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    layout: str
+    columns: dict[str, str]
+    preference: bool
+    train_on: str
+    on_overlong: str
+    max_length: int
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of every batch."""
+        return PREFERENCES if self.preference else CONVERSATIONS
+
+    def __call__(self, block: Block) -> EncodedBlock:
+        """Raises DataError with file and row."""
+        rows, notes = block.rows(), Notes()
+        examples = convert(rows, self.layout, self.columns, preference=self.preference)
+        if self.preference:
+            pairs = [example for example in examples if isinstance(example, Preference)]
+            encoded = self._preferences.encode(rows, pairs, notes)
+        else:
+            conversations = [example for example in examples if isinstance(example, Conversation)]
+            encoded = self._conversations.encode(rows, conversations, notes)
+        if (unknown := self.tokenizer.unk_token_id) is not None:
+            parts = slice(None) if self.preference else slice(1)  # labels repeat the ids
+            notes.unknown = sum(int((ids == unknown).sum()) for one in encoded for ids in one.ids[parts])
+        return EncodedBlock(block.source, len(rows), record_batch(encoded, self.schema), notes)
+
+    @cached_property
+    def _conversations(self) -> ConversationEncoder:
+        chat = ChatText(self.tokenizer)
+        return ConversationEncoder(
+            chat, train_on=self.train_on, on_overlong=self.on_overlong, max_length=self.max_length
+        )
+
+    @cached_property
+    def _preferences(self) -> PreferenceEncoder:
+        return PreferenceEncoder(ChatText(self.tokenizer), on_overlong=self.on_overlong, max_length=self.max_length)

@@ -1,0 +1,89 @@
+"""What a run would train on, looked at: the splits in tokens, rows to show, the audit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from llmkit.config.schema import DataConfig, TrainConfig
+from llmkit.data.audit import audit
+from llmkit.data.drafts import Draft, draft_splits, problems_of, training_sources
+from llmkit.data.listed_tokens import listed_tokens
+from llmkit.data.preview.pieces import PieceReader
+from llmkit.data.preview.rows import ShownRow, shown_rows
+from llmkit.model.context import settle_lengths
+from llmkit.model.special_tokens import new_tokens
+from llmkit.model.tokenizer import TEMPLATE_TOKENS, load_original_tokenizer, load_run_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What the rows are encoded with."""
+
+    tokenizer: PreTrainedTokenizerBase
+    new: frozenset[int]  # tokens that the model did not know
+    max_length: int
+    preference: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The data of one config."""
+
+    data: DataConfig
+    drafts: list[Draft]
+    reader: PieceReader
+    audit: dict[str, Any]  # see data/audit.py
+
+    def rows(self, count: int, most_pieces: int, most_runs: int) -> list[ShownRow]:
+        """See `rows.shown_rows`."""
+        return shown_rows(
+            self.drafts, self.reader, self.data, count=count, most_pieces=most_pieces, most_runs=most_runs
+        )
+
+
+def run_inputs(config: TrainConfig) -> Inputs:
+    """The tokenizer and the lengths that a run of `config` would have; completes `config` in place as the run does.
+
+    Raises ConfigError for a model that cannot be had.
+    """
+    max_length = settle_lengths(config)
+    preference = config.recipe == "dpo"
+    beside = listed_tokens(config.data, preference=preference)
+    tokenizer = load_run_tokenizer(config, beside)
+    new: dict[str, int] = {}
+    if beside or _adds_tokens(config):  # a large tokenizer takes its time to load again
+        new = new_tokens(tokenizer, load_original_tokenizer(config.model))
+    return Inputs(tokenizer=tokenizer, new=frozenset(new.values()), max_length=max_length, preference=preference)
+
+
+def _adds_tokens(config: TrainConfig) -> bool:
+    """Whether the tokenizer of the run may have tokens that the model does not know."""
+    template = config.data.chat_template or config.model.chat_template
+    pads_with_its_own = config.model.pad_token in ("auto", "unk", "bos", "eos")
+    return bool(config.data.special_tokens or config.init_from or template in TEMPLATE_TOKENS or not pads_with_its_own)
+
+
+def look(config: TrainConfig, inputs: Inputs, *, progress: Callable[[str, int], None]) -> Report:
+    """Prepare the data and audit it. Raises DataError for a row that cannot be used.
+
+    Args:
+        progress: called with a source's name and its rows so far, while they are encoded.
+    """
+    data, tokenizer = config.data, inputs.tokenizer
+    drafts = draft_splits(
+        data, tokenizer, max_length=inputs.max_length, preference=inputs.preference, progress=progress
+    )
+    problems = problems_of(drafts, data, context_length=config.model.context_length)
+    return Report(
+        data=data,
+        drafts=drafts,
+        reader=PieceReader(tokenizer, new=inputs.new),
+        audit=audit(drafts, tokenizer, data, problems=problems),
+    )
+
+
+def data_name(data: DataConfig) -> str:
+    """The sources in words."""
+    return ", ".join(str(source.path or source.hub_id) for _, source in training_sources(data))

@@ -1,0 +1,106 @@
+"""What the rows of `data.test` say of the model to be delivered: measured once, each figure with its 95% interval.
+
+The interval says how far the figure may be off because these rows were drawn and not others. Rows are drawn and tokens
+come with them, so rows are the unit (arXiv 2411.00640).
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+
+from llmkit.data.batches import IGNORED
+from llmkit.data.prepare import Split
+from llmkit.training.figures import questions
+from llmkit.training.generation import AnswerGenerator
+from llmkit.training.preferences import batches, evaluating, preferred
+
+Z = NormalDist().inv_cdf(0.975)  # 95%, both sides
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """A figure over `n` rows and the interval that covers the true one in 95 of 100 draws; None of a single row."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+def measure_test(trainer: Any, split: Split, generator: AnswerGenerator, *, examples: int) -> dict[str, dict[str, Any]]:
+    """Figure -> value, low, high and n, as result.json keeps them.
+
+    Of conversations: `loss` in nats per learnt token over all rows, and `exact_match` over the first `examples` of them
+    (0: none), since answers take long to generate. Of pairs: `preference_accuracy` over all.
+    """
+    if "prompt_ids" in split.dataset.column_names:
+        right = preferred(trainer, split.dataset, len(split.dataset))
+        return {"preference_accuracy": asdict(share(sum(right), len(right)))}
+    figures = {"loss": ratio(*row_losses(trainer, split.dataset))}
+    if asked := questions(split, examples):
+        matches = [answer.matches for answer in generator.answer(asked)]
+        figures["exact_match"] = share(sum(matches), len(matches))
+    return {name: asdict(estimate) for name, estimate in figures.items()}
+
+
+def in_words(name: str, figure: dict[str, Any]) -> str:
+    """`loss 1.2034 (95%: 1.1830 to 1.2238, 1,319 rows)`."""
+
+    def shown(value: float) -> str:
+        return f"{value:.4f}" if name == "loss" else f"{value:.1%}"
+
+    between = f"95%: {shown(figure['low'])} to {shown(figure['high'])}, " if figure["low"] is not None else ""
+    rows = "1 row" if figure["n"] == 1 else f"{figure['n']:,} rows"
+    return f"{name.replace('_', ' ')} {shown(figure['value'])} ({between}{rows})"
+
+
+def share(hits: int, n: int) -> Estimate:
+    """hits / n with Wilson's score interval (JASA 22, 1927, p. 209), which holds near 0 and 1 and for few rows too."""
+    value = hits / n
+    middle = (value + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z * math.sqrt(value * (1 - value) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
+    return Estimate(value=value, low=max(middle - half, 0.0), high=min(middle + half, 1.0), n=n)
+
+
+def ratio(sums: np.ndarray, counts: np.ndarray) -> Estimate:
+    """Σ sums / Σ counts, one of each per row, with the interval of a ratio estimate.
+
+    The variance is n / (n - 1) · Σ (sum - ratio · count)² / (Σ counts)² (Cochran, Sampling Techniques, 1977, ch. 6).
+    """
+    n, total = len(sums), counts.sum()
+    value = float(sums.sum() / total)
+    if n < 2:
+        return Estimate(value=value, low=None, high=None, n=n)
+    half = Z * math.sqrt(n / (n - 1) * float(((sums - value * counts) ** 2).sum())) / float(total)
+    return Estimate(value=value, low=value - half, high=value + half, n=n)
+
+
+def row_losses(trainer: Any, dataset: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row the summed loss in nats and the number of learnt tokens it is summed over.
+
+    With several processes each measures all rows: this happens once, and no batch has to be made even.
+    """
+    sums: list[np.ndarray] = []
+    counts: list[np.ndarray] = []
+    with evaluating(trainer.model), trainer.accelerator.autocast():
+        for inputs in batches(trainer, dataset, trainer.args.per_device_eval_batch_size):
+            # TRL's head gives log-probabilities without the logits of the whole vocabulary, 0 where nothing is learnt.
+            output = trainer.model(**inputs, use_cache=False, fused_lm_head=True)
+            learnt = inputs["labels"][:, 1:] != IGNORED
+            for values, found in ((-output.log_probs, sums), (learnt, counts)):
+                found.append(_per_row(values.double(), inputs).cpu().numpy())
+    return np.concatenate(sums), np.concatenate(counts)
+
+
+def _per_row(values: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Sums over the rows of a batch of what belongs to each token but the first, (rows, tokens - 1)."""
+    if "attention_mask" in inputs:
+        return values.sum(dim=1)
+    # Without padding all rows lie in one sequence, and positions start from 0 in each.
+    row = (inputs["position_ids"][0] == 0).cumsum(0) - 1
+    return values.new_zeros(int(row[-1]) + 1).index_add(0, row[1:], values[0])

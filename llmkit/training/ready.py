@@ -1,0 +1,78 @@
+"""What every recipe starts from: data that is proven right, then the model with its method, and the facts stated."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from llmkit.config import TrainConfig
+from llmkit.data.listed_tokens import listed_tokens
+from llmkit.data.prepare import PreparedData
+from llmkit.model.loading import fit_embeddings, load_model
+from llmkit.model.methods import apply_method, loading_dtype
+from llmkit.model.tokenizer import load_run_tokenizer
+from llmkit.training.arguments import total_steps, training_arguments
+from llmkit.training.checkpoints import PARTIAL
+from llmkit.training.console import RunConsole
+from llmkit.training.facts import (
+    check_disk,
+    complete_config,
+    learn_to_stop,
+    settle_gradient_checkpointing,
+    state_facts,
+    warn_of_size,
+)
+from llmkit.training.run_data import prepare_run_data
+from llmkit.training.stopping import StopRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """A model and its data, ready for a trainer; `arguments` are those of Transformers' TrainingArguments."""
+
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    model: Any
+    arguments: dict[str, Any]
+    autocast: torch.dtype | None
+
+
+def make_ready(
+    config: TrainConfig, run_dir: Path, console: RunConsole, stop: StopRequest, *, preference: bool = False
+) -> Ready:
+    """Complete the config, prepare the data, load the model and apply the method, in this order.
+
+    Raises LlmkitError for the user to read.
+    """
+    device, precision = complete_config(config, run_dir)
+    set_seed(config.seed)  # adapters start from random numbers, before the trainer would seed them
+
+    # Data comes before weights: its errors should not wait for a large model to load.
+    tokenizer = load_run_tokenizer(config, listed_tokens(config.data, preference=preference))
+    data = prepare_run_data(config, tokenizer, run_dir, console, stop, preference=preference)
+
+    warn_of_size(config, precision, device, console)
+    dtype = loading_dtype(config, precision)
+    model: Any = load_model(config.model, dtype=dtype, device=device, quantization=config.qlora, precision=precision)
+    new_rows = fit_embeddings(model, tokenizer, config)
+    learn_to_stop(model, tokenizer, data.train)
+    model = apply_method(model, config, precision, new_rows=new_rows)
+    settle_gradient_checkpointing(config, model, run_dir)
+    state_facts(config, model, data, console, device=device, precision=precision, new_tokens=len(new_rows))
+    check_disk(config, model, run_dir)
+    arguments = training_arguments(
+        config,
+        output_dir=run_dir / "checkpoints" / PARTIAL,
+        precision=precision,
+        device=device,
+        steps=total_steps(config.training, len(data.train.dataset)),
+    )
+    return Ready(
+        tokenizer=tokenizer,
+        data=data,
+        model=model,
+        arguments=arguments,
+        autocast=precision.autocast,
+    )

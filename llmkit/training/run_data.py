@@ -1,0 +1,57 @@
+"""The data of one run: prepared while the user sees how far it is, and kept on record."""
+
+import time
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from llmkit import config as configuration
+from llmkit import rundir
+from llmkit.config import TrainConfig
+from llmkit.data.audit_words import tell
+from llmkit.data.prepare import PreparedData, prepare_data
+from llmkit.errors import Stopped
+from llmkit.training.console import RunConsole
+from llmkit.training.stopping import StopRequest
+
+SAID_EVERY = 10.0  # seconds
+
+
+def prepare_run_data(
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    run_dir: Path,
+    console: RunConsole,
+    stop: StopRequest,
+    *,
+    preference: bool = False,
+) -> PreparedData:
+    """Conversations, or pairs for DPO. The audit goes to data_audit.json, the commits of hub data to config.yaml.
+
+    Raises:
+        DataError: what keeps the data from being trained on.
+        Stopped: a signal asked for it.
+    """
+    said = time.monotonic()
+
+    def progress(name: str, rows: int) -> None:
+        nonlocal said
+        if stop.signal:
+            raise Stopped(f"stopped by {stop.signal} while {name} was prepared; the same command begins again.")
+        if time.monotonic() - said > SAID_EVERY:
+            said = time.monotonic()
+            console.fact("preparing", f"{name}: {rows:,} rows so far")
+
+    assert config.data.max_length is not None, "complete_config() fills it in"
+    data = prepare_data(
+        config.data,
+        tokenizer,
+        max_length=config.data.max_length,
+        context_length=config.model.context_length,
+        preference=preference,
+        progress=progress,
+    )
+    rundir.write_json(run_dir / rundir.DATA_AUDIT, data.audit)
+    configuration.save(config, run_dir)
+    tell(data.audit, fact=console.fact, warn=console.warn)
+    return data

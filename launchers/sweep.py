@@ -15,11 +15,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from llmkit import rundir
 from llmkit.config import TrainConfig, validate, warnings
 from llmkit.config.resolve import use_absolute_paths
+from llmkit.config.schema import FIGURES_OF_RECIPE
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError
 from llmkit.launchers.prepare import finished_result
 
 # Objectives where more is better; every other is a loss.
-MAXIMIZED = ("exact_match", "train_exact_match")
+MAXIMIZED = {name for names in FIGURES_OF_RECIPE.values() for name in names}
 
 
 @dataclass(kw_only=True)

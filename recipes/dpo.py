@@ -15,7 +15,7 @@ from llmkit.config.init_from import adapter_directory
 from llmkit.training.arguments import dpo_arguments
 from llmkit.training.console import RunConsole
 from llmkit.training.figures import preference_figures
-from llmkit.training.preference_trainer import PreferenceTrainer
+from llmkit.training.preference_trainer import PreferenceTrainer, tell_precomputed
 from llmkit.training.ready import make_ready
 from llmkit.training.session import Session
 from llmkit.training.stopping import StopRequest
@@ -29,9 +29,8 @@ def run(config: TrainConfig, run_dir: Path, console: RunConsole, stop: StopReque
     trainer = PreferenceTrainer(
         run_dir=run_dir,
         model=ready.model,
-        console=console,
-        stop=stop,
         continued=adapter_directory(config) is not None,
+        precomputed=tell_precomputed(console, stop),
         args=DPOConfig(**ready.arguments, **dpo_arguments(config.dpo)),
         train_dataset=data.train.dataset,
         eval_dataset=data.validation.dataset if data.validation else None,

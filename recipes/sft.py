@@ -13,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from llmkit.config import TrainConfig
 from llmkit.model.methods import trained_weights_kept
 from llmkit.training.console import RunConsole
+from llmkit.training.figures import exact_match_figures
 from llmkit.training.ready import make_ready
 from llmkit.training.session import Session
 from llmkit.training.stopping import StopRequest
@@ -46,7 +47,17 @@ def run(config: TrainConfig, run_dir: Path, console: RunConsole, stop: StopReque
         )
     run_trial(trainer, config, console)
 
-    with Session(config, run_dir, trainer, data, ready.tokenizer, console, stop, autocast=ready.autocast) as session:
+    with Session(
+        config,
+        run_dir,
+        trainer,
+        data,
+        ready.tokenizer,
+        console,
+        stop,
+        autocast=ready.autocast,
+        figures=exact_match_figures,
+    ) as session:
         session.measure_base()
         session.train()
         session.measure_result()

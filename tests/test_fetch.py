@@ -593,7 +593,9 @@ def test_ctrl_c_leaves_nothing_behind(script, to, tmp_path):
         "import pathlib, time\ndef rows():\n    for n in range(2000):\n        yield {'text': str(n)}\n"
         "    (pathlib.Path(__file__).parent / 'ready').touch()\n    time.sleep(60)\n    yield {'text': 'late'}"
     )
-    process = start(tmp_path, script(text), to)
+    # A shell starts what runs in its background with SIGINT ignored, and children inherit that.
+    listens = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = start(tmp_path, script(text), to, preexec_fn=listens)
     deadline = time.monotonic() + 60
     while not (tmp_path / "ready").exists():
         assert process.poll() is None, process.communicate()

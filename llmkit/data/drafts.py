@@ -137,10 +137,9 @@ def problems_of(drafts: list[Draft], data: DataConfig, *, context_length: int | 
         ways = [f"data.max_length={longest} takes them all"] if fits else []
         ways += ["data.on_overlong=drop leaves them out"]
         if data.on_overlong == "error":
-            ways += [
-                "truncate_prompt shortens prompts from the front",
-                "split makes several rows of a long conversation",
-            ]
+            ways += ["truncate_prompt shortens prompts from the front"]
+            if "input_ids" in first.sources[0].examples.column_names:  # a pair cannot be split
+                ways += ["split makes several rows of a long conversation"]
             said = f"{overlong:,} of {total:,} rows exceed {limit:,} tokens"
         else:
             said = (

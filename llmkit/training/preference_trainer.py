@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ class PreferenceTrainer(RunMixin, DPOTrainer):
     Args:
         model: as it is at the start, also where the run goes on from a checkpoint, which is loaded by `train`.
         continued: whether its adapter comes from an earlier run, instead of being fresh.
-
-    Raises Stopped if a signal asks for it while the reference is precomputed.
+        precomputed: told after each batch of a reference that is precomputed: which pairs, how many are done, of how
+            many.
     """
 
     model: Any
@@ -52,8 +53,7 @@ class PreferenceTrainer(RunMixin, DPOTrainer):
         model: nn.Module,
         args: DPOConfig,
         continued: bool,
-        console: RunConsole,
-        stop: StopRequest,
+        precomputed: Callable[[str, int, int], None] = lambda name, done, total: None,
         **arguments: Any,
     ):
         self._pairs: dict[str, list[int]] = {"train": [], "eval": []}  # of the batches since the last log
@@ -65,9 +65,9 @@ class PreferenceTrainer(RunMixin, DPOTrainer):
             reference = None if args.precompute_ref_log_probs else frozen_copy(model)
             super().__init__(model=model, ref_model=reference, args=args, **arguments)
         if args.precompute_ref_log_probs:
-            self.train_dataset = self._with_reference(self.train_dataset, "training", console, stop)
+            self.train_dataset = self._with_reference(self.train_dataset, "training", precomputed)
             if self.eval_dataset is not None:
-                self.eval_dataset = self._with_reference(self.eval_dataset, "held-out", console, stop)
+                self.eval_dataset = self._with_reference(self.eval_dataset, "held-out", precomputed)
             forget_reference(model)
         elif isinstance(model, PeftModel) and not continued and starts_as_nothing(model.peft_config[ADAPTER]):
             forget_reference(model)  # the model without the adapter is the same, and TRL takes that
@@ -84,25 +84,18 @@ class PreferenceTrainer(RunMixin, DPOTrainer):
         return "a frozen copy of the adapter" if kept else "the model with the adapter switched off"
 
     def _with_reference(
-        self, dataset: datasets.Dataset, name: str, console: RunConsole, stop: StopRequest
+        self, dataset: datasets.Dataset, name: str, precomputed: Callable[[str, int, int], None]
     ) -> datasets.Dataset:
         """The pairs with their log-probabilities under the reference.
 
         TRL's own way keeps them in a cache that does not know of `ld_alpha` and precision (trl 1.16).
         """
         size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
-        found, said = [], time.monotonic()
+        found = []
         with evaluating(self.model):
             for batch in batches(self, dataset, size):
-                if stop.signal:
-                    raise Stopped(
-                        f"stopped by {stop.signal} while the reference was precomputed; the same command begins again."
-                    )
                 found.append(self.compute_ref_log_probs(self.model, batch))
-                if time.monotonic() - said > SAID_EVERY:
-                    said = time.monotonic()
-                    done = min(len(found) * size, len(dataset))
-                    console.fact("reference", f"precomputed for {done:,} of {len(dataset):,} {name} pairs")
+                precomputed(name, min(len(found) * size, len(dataset)), len(dataset))
         file = Path(self.args.output_dir) / f"reference-{name}.arrow"  # goes when the run is finished
         file.parent.mkdir(parents=True, exist_ok=True)
         columns = ("ref_chosen_logps", "ref_rejected_logps")
@@ -165,3 +158,20 @@ class PreferenceTrainer(RunMixin, DPOTrainer):
 def pairs_of(inputs: dict[str, torch.Tensor]) -> int:
     """The pairs of a batch, which holds all chosen sides and then all rejected ones."""
     return len(inputs["input_ids"]) // 2
+
+
+def tell_precomputed(console: RunConsole, stop: StopRequest) -> Callable[[str, int, int], None]:
+    """For `precomputed`: says now and then how far it is; raises Stopped if a signal asks for that."""
+    said = time.monotonic()
+
+    def tell(name: str, done: int, total: int) -> None:
+        nonlocal said
+        if stop.signal:
+            raise Stopped(
+                f"stopped by {stop.signal} while the reference was precomputed; the same command begins again."
+            )
+        if time.monotonic() - said > SAID_EVERY:
+            said = time.monotonic()
+            console.fact("reference", f"precomputed for {done:,} of {total:,} {name} pairs")
+
+    return tell

@@ -22,7 +22,7 @@ from llmkit.training.callbacks import BestWeights, Reporting, Samples, StopAtSte
 from llmkit.training.console import RunConsole
 from llmkit.training.delivery import base_model, model_card, save_final, serve_command
 from llmkit.training.facts import device_name
-from llmkit.training.figures import Figure, exact_match_figures, questions
+from llmkit.training.figures import Figure, questions
 from llmkit.training.final_test import in_words, measure_test
 from llmkit.training.generation import AnswerGenerator
 from llmkit.training.memory import peak_memory
@@ -50,7 +50,7 @@ class Session:
         stop: StopRequest,
         *,
         autocast: torch.dtype | None,
-        figures: "Callable[[Session], list[Figure]]" = exact_match_figures,
+        figures: "Callable[[Session], list[Figure]]",
     ):
         self.config, self.run_dir, self.trainer, self.data = config, run_dir, trainer, data
         self.tokenizer, self.console, self.stop = tokenizer, console, stop
@@ -157,7 +157,7 @@ class Session:
         self.console.fact("final", f"{final}")
         repeat = shlex.join(["llmkit", "train", str(self.run_dir / rundir.CONFIG)])
         self.console.fact("repeat", repeat)
-        if self.config.lora is not None:
+        if self.config.lora is not None and not self.config.init_from:  # an adapter that is continued keeps its rank
             self.console.fact("sweep", f"{repeat} -m lora.r=4,8,16")
         self.console.fact("serve", serve_command(self.config, final))
         return result

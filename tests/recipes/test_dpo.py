@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # upstream's deprecations ins
 
 DPO, MEASURED = "recipe=dpo", ("evaluation.baseline=true", "evaluation.examples=40")
 LOG2 = math.log(2)
+REAL = Path(__file__).parents[2] / "../shared/data/llama-factory/dpo_en_demo.json"
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +84,16 @@ def test_rewards_and_log_probabilities_are_logged(demo):
     assert keys <= last.keys()
     assert {f"eval_{key}" for key in keys} <= evaluation.keys()
     assert evaluation["eval_rewards/margins"] > 1
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the shared data is not on this machine")
+def test_a_real_preference_file_trains(train):
+    words = ("data.limit=12", "data.on_overlong=drop", "data.max_length=1500", "training.global_batch_size=2")
+    run = train(DPO, f"data.path={REAL}", "data.validation=0.2", "training.max_steps=2", *words, *MEASURED)
+
+    assert run.result["base"]["eval_loss"] == pytest.approx(LOG2, abs=1e-4)
+    assert run.result["steps"] == 2
+    assert run.result["preference_accuracy"] is not None
 
 
 def test_tokens_count_both_sides_of_every_pair(train):
@@ -174,6 +186,14 @@ def test_only_what_is_trained_in_full_is_there_twice(train, trainers, capsys, wo
     assert not list(trainer.run_dir.rglob("*.arrow"))
 
 
+PLAIN = (DPO, "data.limit=16", "data.validation=null", "training.max_steps=2", "training.warmup_steps=0")
+
+
+@pytest.fixture(scope="module")
+def plain_loss(train):
+    return train(*PLAIN).result["train_loss"]
+
+
 EXPECTED_AT_FIRST = {  # at beta=0.2, label_smoothing=0.1: policy and reference agree, all differences are 0
     **dict.fromkeys(("sigmoid", "robust", "aot", "aot_unpaired", "sigmoid_norm"), LOG2),
     "hinge": 1.0,
@@ -220,19 +240,12 @@ def test_losses_add_up_by_their_weights(train):
     ],
     ids=lambda words: words[0],
 )
-def test_every_setting_reaches_the_training(train, words):
-    few = ("data.limit=16", "data.validation=null", "training.max_steps=2", "training.warmup_steps=0")
-
-    assert train(DPO, *words, *few).result["train_loss"] != pytest.approx(
-        train(DPO, *few).result["train_loss"], rel=1e-4
-    )
+def test_every_setting_reaches_the_training(train, plain_loss, words):
+    assert train(*PLAIN, *words).result["train_loss"] != pytest.approx(plain_loss, rel=1e-4)
 
 
-def test_dropout_is_off_by_default(train):
-    words = ("data.limit=16", "data.validation=null")
-
-    with_dropout = train(DPO, *words, "lora.lora_dropout=0.5").result["train_loss"]
-    assert with_dropout == train(DPO, *words).result["train_loss"]
+def test_dropout_is_off_by_default(train, plain_loss):
+    assert train(*PLAIN, "lora.lora_dropout=0.5").result["train_loss"] == plain_loss
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -96,7 +96,7 @@ def _problem(
         if override.is_delete():
             return f"~{key}: keys of the schema cannot be removed; set {key}=null to unset it."
         return next((text for value in _values(override) if (text := _value_problem(key, value, schema[key]))), "")
-    return unknown_key(key, override.get_value_element_as_str() if not override.is_delete() else "")
+    return unknown_key(key, "" if override.is_delete() else split_override(str(override.input_line))[1])
 
 
 def _option_problem(group: str, override: Override, config_dir: str | None) -> str:

@@ -44,6 +44,11 @@ def data_warnings(config: TrainConfig) -> list[str]:
     for key in ignored:
         if (value := getattr(data, key)) != getattr(default, key):
             found.append(f"data.{key}={value} has no effect: {why}.")
+    if config.init_from and data.chat_template not in (None, "keep-original"):
+        found.append(
+            f"data.chat_template={data.chat_template} takes the place of the template of init_from={config.init_from}, "
+            "which it was trained with."
+        )
     if data.format == "text" and data.train_on != "assistant":
         found.append(f"data.train_on={data.train_on} has no effect with data.format=text, which is learnt whole.")
     return found

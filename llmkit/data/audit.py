@@ -6,14 +6,15 @@
     preference   whether examples are pairs; `tokens` of a pair are those of its prompt and its longer answer,
                  `supervised_tokens` those of both answers
     splits       train, validation, test, those that there are:
-        rows, tokens, supervised_tokens   before anything is left out
+        rows                              before anything is left out
         overlong, empty                   longer than max_length; nothing to learn from
         dropped                           of these, left out as data.on_overlong, data.on_empty say: a count each
         used                              what a pass takes: with `repeat` and `weight`, without what is dropped
+        tokens, supervised_tokens         of what a pass takes; of all rows where training would stop
         duplicates                        repeat an earlier one of the split
         also_in_training                  (validation, test) are in the training split too
-        length, supervised                tokens per row: min, median, p95, max, mean, and a histogram: counts[i] rows
-                                          from edges[i] to below edges[i + 1]
+        length, supervised                tokens per row of the same: min, median, p95, max, mean, and a histogram:
+                                          counts[i] rows from edges[i] to below edges[i + 1]
         longest                           place and tokens of the longest rows
     packing      rows, and how far they are filled on average (a share of max_length); null without packing
     sources      name, format, used_for (splits), rows (as read), examples, used (in a pass over the training data),
@@ -34,6 +35,7 @@ from llmkit.data.audit_words import warnings_of
 from llmkit.data.drafts import Draft, training_sources
 from llmkit.data.encoded import EncodedSource
 from llmkit.data.mixing import mixed_indices
+from llmkit.data.template_check import template_warnings
 
 LONGEST_SHOWN = 5
 BINS = 20
@@ -50,10 +52,12 @@ def audit(
         data: what the drafts were made from.
         problems: why training would stop, by `drafts.problems_of`.
     """
-    splits = {draft.name: _split(draft, data) for draft in drafts}
     train = drafts[0]
     used = training_indices(train, data)
-    splits["train"]["used"] = len(used)
+    splits = {}
+    for draft in drafts:
+        taken = used if draft is train else draft.chosen[~draft.overlong & ~draft.empty]
+        splits[draft.name] = _split(draft, data, taken, whole=bool(problems) or not len(taken))
     for draft in drafts[1:]:
         splits[draft.name]["also_in_training"] = _shared(draft.column("digest"), train.column("digest"))
     sources = _sources(drafts, tokenizer, used)
@@ -64,7 +68,7 @@ def audit(
         "packing": _packing(train, used) if data.packing == "bfd" else None,
         "sources": sources,
         "problems": problems,
-        "warnings": warnings_of(splits, sources),
+        "warnings": [*template_warnings(tokenizer, data), *warnings_of(splits, sources)],
     }
 
 
@@ -75,15 +79,19 @@ def training_indices(train: Draft, data: DataConfig) -> np.ndarray:
     return mixed_indices(chosen, train.sources, configs)
 
 
-def _split(draft: Draft, data: DataConfig) -> dict[str, Any]:
-    lengths, learnt = draft.lengths, draft.learnt
+def _split(draft: Draft, data: DataConfig, taken: np.ndarray, *, whole: bool) -> dict[str, Any]:
+    """Of one split; its tokens are of the examples `taken` (places in all its sources), or of the whole split."""
     overlong, empty = int(draft.overlong.sum()), int(draft.empty.sum())
-    few = min(LONGEST_SHOWN, len(lengths))
-    longest = np.argpartition(-lengths, few - 1)[:few]
-    longest = longest[np.lexsort((longest, -lengths[longest]))]
+    few = min(LONGEST_SHOWN, len(draft))
+    longest = np.argpartition(-draft.lengths, few - 1)[:few]
+    longest = longest[np.lexsort((longest, -draft.lengths[longest]))]
+    counted = draft.chosen if whole else taken
+    lengths, learnt = (
+        np.concatenate([source.column(name) for source in draft.sources])[counted] for name in ("length", "learnt")
+    )
     return {
         "rows": len(draft),
-        "used": len(draft) - overlong - empty,
+        "used": len(taken),
         "tokens": int(lengths.sum()),
         "supervised_tokens": int(learnt.sum()),
         "overlong": overlong,
@@ -95,7 +103,7 @@ def _split(draft: Draft, data: DataConfig) -> dict[str, Any]:
         "duplicates": _duplicates(draft),
         "length": _distribution(lengths),
         "supervised": _distribution(learnt),
-        "longest": [{"place": draft.place(int(index)), "tokens": int(lengths[index])} for index in longest],
+        "longest": [{"place": draft.place(int(index)), "tokens": int(draft.lengths[index])} for index in longest],
     }
 
 

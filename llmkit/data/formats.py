@@ -179,7 +179,7 @@ def _renaming(values: Values, kind: Mapping[str, Format]) -> str:
     """Advice where only the case of the letters is another."""
     by_lower_case = {str(name).lower(): name for name in values}
     for layout in kind.values():
-        if by_lower_case.keys() >= set(layout.columns):
+        if by_lower_case.keys() >= set(layout.columns) and not set(layout.columns) <= set(values):
             entries = ", ".join(f"{name}: {by_lower_case[name]}" for name in layout.columns)
             return f" Did you mean data.columns={{{entries}}}?"
     return ""

@@ -4,7 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from llmkit.config.init_from import adapter_directory
 from llmkit.config.schema import ModelConfig, TrainConfig
@@ -116,6 +118,10 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> None:
             )
         return
     tokenizer.chat_template = read_template(choice)
+    try:
+        _compile_jinja_template(tokenizer.chat_template)
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"data.chat_template={choice}, line {error.lineno}: not Jinja: {error.message}.") from error
     if choice == "plain" and tokenizer.eos_token is None:
         raise ConfigError("data.chat_template=plain: this tokenizer has no eos token to end answers with.")
     add_tokens(tokenizer, TEMPLATE_TOKENS.get(choice, ()))

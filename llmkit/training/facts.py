@@ -153,7 +153,7 @@ def _state_memory(config: TrainConfig, model: nn.Module, console: RunConsole, de
     needed = sum(p.numel() * p.element_size() for p in (*model.parameters(), *trained))  # weights and gradients
     needed += optimizer_state(config.training.optim, trained)
     available = capacity(config, device)
-    there = f"{available / GIB:.0f} GiB"
+    there = in_units(available)
     console.fact("memory", f"{in_units(needed)} for weights, gradients and optimizer, plus activations; {there} there")
     if needed > 0.9 * available:
         console.warn(

@@ -64,7 +64,9 @@ def share(hits: int, n: int) -> Estimate:
     value = hits / n
     middle = (value + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z * math.sqrt(value * (1 - value) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
-    return Estimate(value=value, low=max(middle - half, 0.0), high=min(middle + half, 1.0), n=n)
+    # At the ends the bounds are 0 and 1 but for rounding.
+    low, high = (0.0 if hits == 0 else middle - half), (1.0 if hits == n else middle + half)
+    return Estimate(value=value, low=low, high=high, n=n)
 
 
 def ratio(sums: np.ndarray, counts: np.ndarray) -> Estimate:

@@ -15,6 +15,7 @@ from llmkit.training.facts import device_name
 from llmkit.training.longest_batch import LongestBatches, Outcome, Setting
 from llmkit.training.memory import in_units, reset_peak
 
+MANY = 0.2  # of the rows
 SHORTEST_TRIED = 8  # tokens, the least that data.max_length takes
 SHORTEST_SHARE = 8  # parts of the longest row; data cut shorter is other data
 
@@ -53,8 +54,11 @@ def _advise(batches: LongestBatches, config: TrainConfig) -> str:
     fitting = _cheapest_that_fits(batches)
     last = replace(batches.with_micro_batch(1), eval_batch=1, checkpointing=_checkpointing(batches)[-1])
     shorter = _longest_that_fits(batches, asked if fitting else last)
-    others = [_in_words(shorter, batches, config)] if shorter else []
-    others += costlier_changes(config)
+    others = costlier_changes(config)
+    if shorter and shorter.max_length is not None:
+        longer, total = batches.count_longer(shorter.max_length)
+        # Rows that are cut or lost cost least where they are few, and most where they are many.
+        others.insert(len(others) if longer > MANY * total else 0, _in_words(shorter, batches, config))
     if fitting is None:
         extent = "with gradient checkpointing " if last.checkpointing else ""
         return _listed(f"One row at a time {extent}does not fit either. What is left, the cheapest first:", others)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from llmkit.config import TrainConfig
 from llmkit.launchers.sweep import Job, Sweep
 
 
@@ -19,11 +20,12 @@ from llmkit.launchers.sweep import Job, Sweep
     ],
 )
 def test_the_best_run_comes_first(objective, best):
+    config = TrainConfig()
     jobs = [
-        Job(overrides=[], run_dir=Path(str(value)), status="completed", objective=value)
+        Job(overrides=[], run_dir=Path(str(value)), config=config, status="completed", objective=value)
         for value in (0.5, 0.9, None, 0.1, float("nan"))
     ]
     sweep = Sweep(directory=Path("sweep"), objective=objective, jobs_of_this_command=jobs, earlier=[])
 
-    assert [job.objective for job in sweep.ranked()][0] == best
+    assert next(job.objective for job in sweep.ranked()) == best
     assert len(sweep.ranked()) == 3

@@ -144,7 +144,7 @@ def test_a_limit_below_the_peak_is_refused_with_what_fits(compose, tmp_path):
     found = BATCH.search(message)
     assert int(found[1]) * int(found[2]) == 16
     assert int(found[1]) < 16
-    assert message.index("data.max_length=") < message.index("method=qlora")
+    assert message.index("method=qlora") < message.index("data.max_length="), "every row would be cut"
 
 
 def test_an_evaluation_batch_over_the_limit_is_explained_apart(compose, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llmkit.cli import guarded
 from llmkit.config.data_files import TOKENS_FILE
-from llmkit.data.fetching import Fetched, Progress, fetch_rows
+from llmkit.data.fetching.fetch import Fetched, Progress, fetch_rows
 from llmkit.errors import EXIT_DONE, ConfigError, did_you_mean
 
 HELP = """\

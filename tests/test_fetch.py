@@ -19,7 +19,7 @@ import pytest
 
 from llmkit import fetch
 from llmkit.config.schema import SourceConfig
-from llmkit.data.sources import open_source
+from llmkit.data.reading.sources import open_source
 
 CHECKOUT = Path(__file__).parents[1]
 EXAMPLES = CHECKOUT / "docs" / "examples"

@@ -75,8 +75,8 @@ def test_no_import_goes_up(module):
 def test_an_arrow_that_goes_up_is_seen():
     tree = ast.parse("def f():\n    from llmkit.recipes import sft")
 
-    assert list(imports(tree, "llmkit.data.sources")) == ["llmkit.recipes.sft"]
-    assert floor("llmkit.recipes.sft") < floor("llmkit.data.sources")
+    assert list(imports(tree, "llmkit.data.reading.sources")) == ["llmkit.recipes.sft"]
+    assert floor("llmkit.recipes.sft") < floor("llmkit.data.reading.sources")
 
 
 @pytest.mark.parametrize(

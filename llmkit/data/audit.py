@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from llmkit.config.schema import DataConfig
 from llmkit.data.audit_words import warnings_of
 from llmkit.data.drafts import Draft, training_sources
-from llmkit.data.encoded import EncodedSource
+from llmkit.data.encoding.cache import EncodedSource
 from llmkit.data.mixing import mixed_indices
 from llmkit.data.template_check import template_warnings
 

@@ -8,11 +8,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llmkit.config.schema import DataConfig, SourceConfig
-from llmkit.data.batches import read_example, write_example
-from llmkit.data.encoded import EncodedSource, EncodingOptions, encode_source
+from llmkit.data.encoding.batches import read_example, write_example
+from llmkit.data.encoding.cache import EncodedSource, EncodingOptions, encode_source
 from llmkit.data.examples import Example
+from llmkit.data.reading.sources import split_source
 from llmkit.data.rows import EXCERPT
-from llmkit.data.sources import split_source
 from llmkit.errors import DataError
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from llmkit.config.schema import SourceConfig
-from llmkit.data.encoded import EncodedSource
+from llmkit.data.encoding.cache import EncodedSource
 
 
 def mixed_indices(chosen: np.ndarray, sources: list[EncodedSource], configs: list[SourceConfig]) -> np.ndarray:

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llmkit.config.schema import DataConfig
 from llmkit.data.audit import audit
-from llmkit.data.batches import read_example
 from llmkit.data.drafts import Draft, draft_splits, problems_of, training_sources
+from llmkit.data.encoding.batches import read_example
 from llmkit.data.examples import Example
 from llmkit.data.mixing import mixed_indices
 from llmkit.data.packing import pack

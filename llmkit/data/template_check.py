@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from llmkit.config.schema import DataConfig
-from llmkit.data.masks import STAND_IN, render
+from llmkit.data.encoding.masks import STAND_IN, render
 from llmkit.data.templates import split_defaults
 from llmkit.errors import did_you_mean
 

@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import torch
 
-from llmkit.data.batches import IGNORED
+from llmkit.data.encoding.batches import IGNORED
 from llmkit.data.prepare import Split
 from llmkit.training.figures import questions
 from llmkit.training.generation import AnswerGenerator

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from llmkit.data.encoding.masks import render
 from llmkit.data.examples import Conversation, Message
-from llmkit.data.masks import render
 
 BATCH_SIZE = 32
 LONGEST_ANSWER = 256  # tokens, where the user sets no limit

@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from llmkit.config import TrainConfig
-from llmkit.data.listed_tokens import listed_tokens
 from llmkit.data.prepare import PreparedData
+from llmkit.data.reading.listed_tokens import listed_tokens
 from llmkit.model.loading import fit_embeddings, load_model
 from llmkit.model.methods import apply_method, loading_dtype
 from llmkit.model.tokenizer import load_run_tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llmkit import rundir
-from llmkit.data.batches import IGNORED
+from llmkit.data.encoding.batches import IGNORED
 from llmkit.errors import NonFiniteError
 from llmkit.training import checkpoints
 

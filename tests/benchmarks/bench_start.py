@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from llmkit.data.sources import shipped_demo
+from llmkit.data.reading.sources import shipped_demo
 from llmkit.model.tiny import tiny_model
 
 COMMAND_TARGET = 0.6  # seconds

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmkit.data.formats import convert
+from llmkit.data.formats.table import convert
 from llmkit.data.rows import Row
 from llmkit.errors import DataError
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llmkit.data import content
-from llmkit.data.content import content_hash
+from llmkit.data.reading import content
+from llmkit.data.reading.content import content_hash
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmkit.data.formats import FORMATS, convert, detect_format
+from llmkit.data.formats.table import FORMATS, convert, detect_format
 from llmkit.data.rows import Row
 
 DOCS = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from llmkit.config.schema import DataConfig, SourceConfig
-from llmkit.data import encoded
-from llmkit.data.encoded import EncodingOptions, encode_source
+from llmkit.data.encoding import cache as encoded
+from llmkit.data.encoding.cache import EncodingOptions, encode_source
 from llmkit.data.prepare import prepare_data
 
 CHATS = [{"question": f"question {n}", "answer": f"answer {n}"} for n in range(8)]
@@ -171,7 +171,7 @@ prepare_data(DataConfig(path={str(file)!r}, num_proc=2), tokenizer, max_length=4
 
 
 def test_a_process_that_prepares_and_is_killed_is_explained(chats_file, tiny_tokenizer, cache, monkeypatch):
-    from llmkit.data import workers
+    from llmkit.data.encoding import workers
     from llmkit.errors import DataError
 
     file = chats_file(*({"question": f"question {n}", "answer": "a"} for n in range(3000)))

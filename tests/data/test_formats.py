@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llmkit.config.schema import FORMATS as NAMES
 from llmkit.data.examples import Conversation, Preference
-from llmkit.data.formats import FORMATS, LABELS, check_format, convert, detect_format
+from llmkit.data.formats.table import FORMATS, LABELS, check_format, convert, detect_format
 from llmkit.data.rows import Row
 from llmkit.errors import DataError
 
@@ -242,7 +242,7 @@ def test_other_columns_beside_text_do_not_matter():
 
 def test_neither_torch_nor_transformers_is_loaded():
     code = (
-        "import sys, llmkit.data.formats; "
+        "import sys, llmkit.data.formats.table; "
         "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CHECKOUT)

@@ -17,7 +17,7 @@ READ = """
 import json, os, sys, time
 time.sleep = lambda seconds: None
 from llmkit.config.schema import SourceConfig
-from llmkit.data.sources import open_source
+from llmkit.data.reading.sources import open_source
 from llmkit.errors import ConfigError
 
 for settings, token in json.loads(sys.argv[1]):

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmkit.data import json_stream
-from llmkit.data.json_stream import read_array
+from llmkit.data.reading import json_stream
+from llmkit.data.reading.json_stream import read_array
 from llmkit.errors import DataError
 
 VALUES = st.recursive(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.data.masks import AnswerFinder, render
+from llmkit.data.encoding.masks import AnswerFinder, render
 from llmkit.data.templates import read_template
 from llmkit.errors import DataError
 

@@ -10,10 +10,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from llmkit.config.schema import DataConfig, SourceConfig
-from llmkit.data.batches import IGNORED, Notes
-from llmkit.data.chat_text import ChatText
-from llmkit.data.conversations import ConversationEncoder
 from llmkit.data.drafts import held_out_indices
+from llmkit.data.encoding.batches import IGNORED, Notes
+from llmkit.data.encoding.chat_text import ChatText
+from llmkit.data.encoding.conversations import ConversationEncoder
 from llmkit.data.examples import Conversation
 from llmkit.data.prepare import prepare_data
 from llmkit.data.rows import Row
@@ -85,7 +85,7 @@ def test_labels_are_the_ids_of_the_answers_and_nothing_elsewhere(prepare, tiny_t
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_many_blocks_come_out_in_order_as_if_encoded_one_by_one(prepare, tiny_tokenizer, monkeypatch, processes):
-    monkeypatch.setattr("llmkit.data.blocks.BLOCK_ROWS", 3)
+    monkeypatch.setattr("llmkit.data.reading.blocks.BLOCK_ROWS", 3)
     split = prepare(*TEN, num_proc=processes).train
 
     assert split.dataset["input_ids"][:] == [

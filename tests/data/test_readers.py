@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llmkit.data.blocks import BLOCK_BYTES, BLOCK_ROWS
-from llmkit.data.readers import read_file
+from llmkit.data.reading.blocks import BLOCK_BYTES, BLOCK_ROWS
+from llmkit.data.reading.readers import read_file
 from llmkit.errors import DataError
 
 SHARED = Path(__file__).parents[2] / "../shared/data"

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmkit.data.formats import convert
-from llmkit.data.role_markers import MARKERS
+from llmkit.data.formats.role_markers import MARKERS
+from llmkit.data.formats.table import convert
 from llmkit.data.rows import Row
 from llmkit.errors import DataError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llmkit.config.schema import DataConfig, SourceConfig
-from llmkit.data.sources import open_source, shipped_demo
+from llmkit.data.reading.sources import open_source, shipped_demo
 from llmkit.errors import ConfigError, DataError
 
 GSM8K = Path(__file__).parents[2] / "../shared/data/gsm8k"

@@ -117,7 +117,7 @@ def test_samples_show_answers_to_the_prompts_of_pairs(demo):
 
 
 def demo_file(part):
-    from llmkit.data.sources import shipped_demo
+    from llmkit.data.reading.sources import shipped_demo
 
     return shipped_demo(part).with_name(f"preference_{part}.jsonl")
 

@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from llmkit.config.schema import DataConfig, TrainConfig
 from llmkit.data.audit import audit
 from llmkit.data.drafts import Draft, draft_splits, problems_of, training_sources
-from llmkit.data.listed_tokens import listed_tokens
 from llmkit.data.preview.pieces import PieceReader
 from llmkit.data.preview.rows import ShownRow, shown_rows
+from llmkit.data.reading.listed_tokens import listed_tokens
 from llmkit.model.context import settle_lengths
 from llmkit.model.special_tokens import new_tokens
 from llmkit.model.tokenizer import TEMPLATE_TOKENS, load_original_tokenizer, load_run_tokenizer

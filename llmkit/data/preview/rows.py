@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from llmkit.config.schema import DataConfig
-from llmkit.data.batches import IGNORED
 from llmkit.data.drafts import Draft
+from llmkit.data.encoding.batches import IGNORED
 from llmkit.data.preview.pieces import Gap, Piece, PieceReader
 
 

@@ -1,10 +1,10 @@
 """The formats of conversations and of plain text: a row's columns -> Conversation."""
 
-from llmkit.data.columns import Misfit, Values, optional_text, required, shown, text
 from llmkit.data.examples import Conversation, Message
-from llmkit.data.sharegpt import read_sharegpt_turns
-from llmkit.data.tool_calls import parsed
-from llmkit.data.turns import add_columns, read_turns, text_or_turns
+from llmkit.data.formats.columns import Misfit, Values, optional_text, required, shown, text
+from llmkit.data.formats.sharegpt import read_sharegpt_turns
+from llmkit.data.formats.tool_calls import parsed
+from llmkit.data.formats.turns import add_columns, read_turns, text_or_turns
 
 
 def from_messages(values: Values) -> Conversation:

@@ -10,10 +10,10 @@ from typing import Protocol
 from llmkit.config.data_files import TOKENS_FILE, file_type, find_files, is_gzipped
 from llmkit.config.schema import SourceConfig
 from llmkit.config.sources import split_source
-from llmkit.data.blocks import Block
-from llmkit.data.content import content_hash, file_state
-from llmkit.data.hub import HubSource
-from llmkit.data.readers import read_file
+from llmkit.data.reading.blocks import Block
+from llmkit.data.reading.content import content_hash, file_state
+from llmkit.data.reading.hub import HubSource
+from llmkit.data.reading.readers import read_file
 from llmkit.errors import ConfigError, DataError, did_you_mean
 
 __all__ = ["Block", "Source", "open_source", "shipped_demo", "split_source"]

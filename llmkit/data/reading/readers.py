@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from llmkit.config.data_files import file_type, is_gzipped
-from llmkit.data.blocks import BLOCK_BYTES, BLOCK_ROWS, Batch, Block, Cells, Lines, Records, is_blank
-from llmkit.data.json_stream import HOLDERS, read_array
+from llmkit.data.reading.blocks import BLOCK_BYTES, BLOCK_ROWS, Batch, Block, Cells, Lines, Records, is_blank
+from llmkit.data.reading.json_stream import HOLDERS, read_array
 from llmkit.data.rows import EXCERPT
 from llmkit.errors import DataError
 

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Encoding
 
-from llmkit.data.batches import IGNORED, Encoded, Notes, content_hash, write_example
-from llmkit.data.chat_text import ChatText, token_at
+from llmkit.data.encoding.batches import IGNORED, Encoded, Notes, content_hash, write_example
+from llmkit.data.encoding.chat_text import ChatText, token_at
+from llmkit.data.encoding.masks import Span
+from llmkit.data.encoding.overlong import cut_prompt, keep_from_front, leading_system_turns, split_points
 from llmkit.data.examples import Conversation, Message
-from llmkit.data.masks import Span
-from llmkit.data.overlong import cut_prompt, keep_from_front, leading_system_turns, split_points
 from llmkit.data.rows import Row
 from llmkit.errors import DataError
 

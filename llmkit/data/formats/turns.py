@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from llmkit.data.columns import Misfit, Values, not_text, optional_text, required, shown
 from llmkit.data.examples import Conversation, Message
-from llmkit.data.parts import read_parts
-from llmkit.data.tool_calls import parsed, read_calls, read_tools
+from llmkit.data.formats.columns import Misfit, Values, not_text, optional_text, required, shown
+from llmkit.data.formats.parts import read_parts
+from llmkit.data.formats.tool_calls import parsed, read_calls, read_tools
 from llmkit.errors import did_you_mean
 
 ROLES = ("system", "developer", "user", "assistant", "tool")

@@ -7,11 +7,11 @@ process.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from llmkit.data import chat_formats as chat
-from llmkit.data import preference_formats as pairs
-from llmkit.data.columns import Misfit, Values, shown
 from llmkit.data.examples import Example
-from llmkit.data.role_markers import begins_with_marker, from_role_markers
+from llmkit.data.formats import chat
+from llmkit.data.formats import preference as pairs
+from llmkit.data.formats.columns import Misfit, Values, shown
+from llmkit.data.formats.role_markers import begins_with_marker, from_role_markers
 from llmkit.data.rows import Row
 from llmkit.errors import DataError, did_you_mean
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.config.schema import SourceConfig
-from llmkit.data.blocks import BLOCK_BYTES, BLOCK_ROWS, Block, Records
+from llmkit.data.reading.blocks import BLOCK_BYTES, BLOCK_ROWS, Block, Records
 from llmkit.errors import ConfigError, did_you_mean
 
 COMMIT = re.compile(r"[0-9a-f]{40}")

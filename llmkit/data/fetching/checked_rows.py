@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmkit.data.formats import convert, detect_format
+from llmkit.data.formats.table import convert, detect_format
 from llmkit.data.rows import EXCERPT, Row
 from llmkit.errors import DataError
 

@@ -9,9 +9,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 
-from llmkit.data.batches import EncodedBlock
-from llmkit.data.encode import Encoder
-from llmkit.data.readers import Block
+from llmkit.data.encoding.batches import EncodedBlock
+from llmkit.data.encoding.encoder import Encoder
+from llmkit.data.reading.readers import Block
 from llmkit.errors import DataError
 from llmkit.processes import die_with_parent
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from llmkit.data.batches import Encoded, Notes, content_hash, write_example
-from llmkit.data.chat_text import ChatText, token_at
+from llmkit.data.encoding.batches import Encoded, Notes, content_hash, write_example
+from llmkit.data.encoding.chat_text import ChatText, token_at
+from llmkit.data.encoding.overlong import cut_prompt, keep_from_front, leading_system_turns
 from llmkit.data.examples import Conversation, Message, Preference
-from llmkit.data.overlong import cut_prompt, keep_from_front, leading_system_turns
 from llmkit.data.rows import Row
 from llmkit.errors import DataError
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit import __version__
-from llmkit.data.user_script import ScriptFile
+from llmkit.data.fetching.user_script import ScriptFile
 from llmkit.errors import ConfigError
 from llmkit.rundir import write_json
 

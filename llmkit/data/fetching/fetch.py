@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from llmkit.config.data_files import TOKENS_FILE
-from llmkit.data.checked_rows import WrittenSplit, write_rows
-from llmkit.data.fetch_directory import check_free, move_into_place, scratch_beside, sha256_of, write_manifest
-from llmkit.data.user_script import UserScript, read_script, running
+from llmkit.data.fetching.checked_rows import WrittenSplit, write_rows
+from llmkit.data.fetching.directory import check_free, move_into_place, scratch_beside, sha256_of, write_manifest
+from llmkit.data.fetching.user_script import UserScript, read_script, running
 from llmkit.errors import DataError, LlmkitError
 from llmkit.rundir import write_json
 

@@ -2,7 +2,7 @@
 
 from llmkit.config.schema import DataConfig
 from llmkit.data.drafts import training_sources
-from llmkit.data.sources import open_source
+from llmkit.data.reading.sources import open_source
 
 
 def listed_tokens(data: DataConfig, *, preference: bool) -> list[str]:

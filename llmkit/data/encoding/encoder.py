@@ -6,13 +6,13 @@ from functools import cached_property
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from llmkit.data.batches import CONVERSATIONS, PREFERENCES, EncodedBlock, Notes, record_batch
-from llmkit.data.chat_text import ChatText
-from llmkit.data.conversations import ConversationEncoder
+from llmkit.data.encoding.batches import CONVERSATIONS, PREFERENCES, EncodedBlock, Notes, record_batch
+from llmkit.data.encoding.chat_text import ChatText
+from llmkit.data.encoding.conversations import ConversationEncoder
+from llmkit.data.encoding.preferences import PreferenceEncoder
 from llmkit.data.examples import Conversation, Preference
-from llmkit.data.formats import convert
-from llmkit.data.preferences import PreferenceEncoder
-from llmkit.data.readers import Block
+from llmkit.data.formats.table import convert
+from llmkit.data.reading.readers import Block
 
 
 @dataclass(kw_only=True)

@@ -1,10 +1,10 @@
 """The formats of preference data: a row's columns -> Preference."""
 
-from llmkit.data.columns import Misfit, Values, optional_text, required, shown
 from llmkit.data.examples import Message, Preference
-from llmkit.data.sharegpt import read_sharegpt_turns
-from llmkit.data.tool_calls import read_tools
-from llmkit.data.turns import Turns, read_turns, text_or_turns, with_system
+from llmkit.data.formats.columns import Misfit, Values, optional_text, required, shown
+from llmkit.data.formats.sharegpt import read_sharegpt_turns
+from llmkit.data.formats.tool_calls import read_tools
+from llmkit.data.formats.turns import Turns, read_turns, text_or_turns, with_system
 
 
 def from_preference_messages(values: Values) -> Preference:

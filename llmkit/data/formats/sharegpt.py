@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from llmkit.data.columns import Misfit, not_text, shown
 from llmkit.data.examples import Message
-from llmkit.data.tool_calls import read_calls
-from llmkit.data.turns import Turns, collect, is_learnt, unknown_role
+from llmkit.data.formats.columns import Misfit, not_text, shown
+from llmkit.data.formats.tool_calls import read_calls
+from llmkit.data.formats.turns import Turns, collect, is_learnt, unknown_role
 
 ROLES = {
     "human": "user",

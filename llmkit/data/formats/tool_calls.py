@@ -7,8 +7,8 @@ and the same data must give the same tokens from every kind of file. JSON text i
 import json
 from typing import Any
 
-from llmkit.data.columns import Misfit, shown
 from llmkit.data.examples import Tools
+from llmkit.data.formats.columns import Misfit, shown
 
 # What may stand beside the name in a call without arguments.
 CALL_KEYS = {"id", "type", "index", "name", "arguments", "input", "text", "value"}

@@ -3,9 +3,9 @@
 import json
 from typing import Any
 
-from llmkit.data.columns import Misfit, not_text, shown
 from llmkit.data.examples import Message
-from llmkit.data.tool_calls import read_calls, without_nulls
+from llmkit.data.formats.columns import Misfit, not_text, shown
+from llmkit.data.formats.tool_calls import read_calls, without_nulls
 from llmkit.errors import did_you_mean
 
 # Names of a part's type -> what it is.

@@ -8,8 +8,8 @@ from typing import Any
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
+from llmkit.data.encoding.masks import AnswerFinder, render, render_all
 from llmkit.data.examples import Conversation
-from llmkit.data.masks import AnswerFinder, render, render_all
 from llmkit.data.rows import Row
 from llmkit.errors import DataError
 

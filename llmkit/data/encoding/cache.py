@@ -15,11 +15,11 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from llmkit.config.schema import SourceConfig
-from llmkit.data.batches import Notes
-from llmkit.data.encode import Encoder
-from llmkit.data.formats import check_format, detect_format
-from llmkit.data.sources import Source, open_source
-from llmkit.data.workers import encode_blocks
+from llmkit.data.encoding.batches import Notes
+from llmkit.data.encoding.encoder import Encoder
+from llmkit.data.encoding.workers import encode_blocks
+from llmkit.data.formats.table import check_format, detect_format
+from llmkit.data.reading.sources import Source, open_source
 from llmkit.errors import DataError
 from llmkit.storage import build_once, cache_dir
 
@@ -142,9 +142,11 @@ def _encode(source: Source, config: SourceConfig, options: EncodingOptions, dire
 
 @cache
 def _code_version() -> str:
-    """A hash of this package's code and of the libraries that write and cut the text: any change prepares anew."""
+    """A hash of the code that reads, converts and encodes, and of the libraries it uses: any change prepares anew."""
     digest = blake2b(digest_size=16)
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    data = Path(__file__).parents[1]
+    folders = ("reading", "formats", "encoding")
+    for file in (data / "examples.py", *(file for folder in folders for file in sorted(data.glob(f"{folder}/*.py")))):
         digest.update(file.read_bytes())
     for library in ("tokenizers", "transformers", "jinja2"):
         digest.update(metadata.version(library).encode())

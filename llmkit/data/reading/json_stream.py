@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
-from llmkit.data.blocks import HALF_SURROGATE, has_half_surrogate
+from llmkit.data.reading.blocks import HALF_SURROGATE, has_half_surrogate
 from llmkit.data.rows import EXCERPT
 from llmkit.errors import DataError
 

@@ -2,9 +2,9 @@
 
 import re
 
-from llmkit.data.columns import Misfit, Values, text
 from llmkit.data.examples import Conversation, Message
-from llmkit.data.turns import add_columns
+from llmkit.data.formats.columns import Misfit, Values, text
+from llmkit.data.formats.turns import add_columns
 from llmkit.errors import did_you_mean
 
 # Names of a marker, in any case -> role.

@@ -16,7 +16,7 @@ from llmkit.errors import ConfigError
 
 # Where a run lives and how it is started is not what it computes.
 NOT_COMPARED = ("name", "run_dir", "derived", "launcher")
-UNSET = (None, "auto")
+UNSET: tuple[Any, ...] = (None, "auto", {})
 # Found on the hub by the worker, whatever the config says.
 COMMITS = ("model.commit", "data.commit")
 

@@ -89,7 +89,9 @@ def _source_of_mapping(data: DataConfig, value: Mapping[Any, Any], key: str) -> 
     own_place = value.get("path") or value.get("hub_id")
     if not own_place and data.datasets:
         raise ConfigError(f"{key}: say where the rows are, with path or hub_id: data.datasets has several sources.")
-    base = SourceConfig() if own_place else _other_rows_of(data)
+    # Another revision is not at the commit that was found for the training rows.
+    changes: dict[str, Any] = {"commit": None} if "revision" in value else {}
+    base = SourceConfig() if own_place else _other_rows_of(data, **changes)
     source = _typed_source(value, key, base=base, legal=[name for name in FIELDS if name not in MIXING])
     if problems := range_problems(source, key):
         raise ConfigError(*problems)

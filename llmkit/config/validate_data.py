@@ -49,8 +49,6 @@ def data_warnings(config: TrainConfig) -> list[str]:
             f"data.chat_template={data.chat_template} takes the place of the template of init_from={config.init_from}, "
             "which it was trained with."
         )
-    if data.format == "text" and data.train_on != "assistant":
-        found.append(f"data.train_on={data.train_on} has no effect with data.format=text, which is learnt whole.")
     return found
 
 

@@ -18,7 +18,9 @@
         longest                           place and tokens of the longest rows
     packing      rows, and how far they are filled on average (a share of max_length); null without packing
     sources      name, format, used_for (splits), rows (as read), examples, used (in a pass over the training data),
-                 truncated (rows shortened from the front), split (rows made into several), unknown_tokens,
+                 truncated (rows shortened from the front), answers_lost (that these had), split (rows made into
+                 several), reasoning_lost (rows whose last answer's reasoning the template leaves out), other_voices
+                 (pairs with turns of others than the assistant in an answer), unknown_tokens,
                  turns (answers to learn), turns_without_end (those that end in ordinary text)
     problems     why training would stop at this data
     warnings     what deserves a look
@@ -68,7 +70,7 @@ def audit(
         "packing": _packing(train, used) if data.packing == "bfd" else None,
         "sources": sources,
         "problems": problems,
-        "warnings": [*template_warnings(tokenizer, data), *warnings_of(splits, sources)],
+        "warnings": [*template_warnings(tokenizer, data), *warnings_of(splits, sources, train_on=data.train_on)],
     }
 
 
@@ -192,6 +194,9 @@ def _sources(drafts: list[Draft], tokenizer: PreTrainedTokenizerBase, used: np.n
             "used": used_of_source[number] if number < len(used_of_source) else 0,
             "truncated": source.notes.truncated,
             "split": source.notes.split,
+            "answers_lost": source.notes.answers_lost,
+            "reasoning_lost": source.notes.reasoning_lost,
+            "other_voices": source.notes.other_voices,
             "unknown_tokens": source.notes.unknown,
             "turns": sum(source.notes.end_tokens.values()),
             "turns_without_end": sum(count for token, count in source.notes.end_tokens.items() if token not in closing),

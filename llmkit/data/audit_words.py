@@ -4,10 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 WHY_DROPPED = (("overlong", "longer than data.max_length"), ("empty", "with nothing to learn from"))
+# Counts of a source, in words.
+WORTH_A_LOOK = (
+    ("answers_lost", "answers are gone with the beginnings of rows that data.on_overlong=truncate_prompt shortened."),
+    ("reasoning_lost", "rows lose the reasoning of their last answer: the chat template does not write it."),
+    ("other_voices", "pairs hold turns of others in their answers, which are compared as if the model said them."),
+)
 MOST_WARNINGS = 5  # that a run shows; data_audit.json holds them all
 
 
-def warnings_of(splits: dict[str, dict[str, Any]], sources: list[dict[str, Any]]) -> list[str]:
+def warnings_of(splits: dict[str, dict[str, Any]], sources: list[dict[str, Any]], *, train_on: str) -> list[str]:
     """What deserves a look, each in a sentence that begins with a count or a source."""
     found = []
     for name, split in splits.items():
@@ -23,6 +29,13 @@ def warnings_of(splits: dict[str, dict[str, Any]], sources: list[dict[str, Any]]
             dropped = sum(split["dropped"].values())
             found.append(f"{dropped:,} of {split['rows']:,} {name} rows are dropped: {' and '.join(reasons)}.")
     for source in sources:
+        for key, words in WORTH_A_LOOK:
+            if source[key]:
+                found.append(f"{source['name']}: {source[key]:,} {words}")
+        if source["format"] == "text" and train_on != "assistant":
+            found.append(
+                f"{source['name']}: data.train_on={train_on} has no effect on plain text, which is learnt whole."
+            )
         if source["unknown_tokens"]:
             found.append(f"{source['name']}: {source['unknown_tokens']:,} tokens are unknown to the tokenizer.")
         if missing := source["turns_without_end"]:

@@ -94,7 +94,7 @@ def draft_splits(
     train = draft("train", sources)
     others = []
     if isinstance(data.validation, float | int):
-        held_out = held_out_indices(train.column("digest"), data.validation)
+        held_out = held_out_indices(train.column("group"), data.validation)
         rest = np.delete(np.arange(len(train)), held_out)
         if not len(rest):
             raise DataError(f"data.validation={data.validation} holds out all {len(train)} rows; null holds out none.")
@@ -115,13 +115,13 @@ def training_sources(data: DataConfig) -> list[tuple[str, SourceConfig]]:
     return [("data", data)]
 
 
-def held_out_indices(digests: np.ndarray, share: float) -> np.ndarray:
+def held_out_indices(groups: np.ndarray, share: float) -> np.ndarray:
     """The rows to hold out: by a hash of their content, so that a duplicate is on the same side and no seed moves it.
 
-    At least one row, the one with the smallest hash.
+    Of pairs it is the prompt's. At least one row is held out, the one with the smallest hash.
     """
-    limit = np.uint64(max(int(share * 2**64), int(digests.min()) + 1))
-    return np.flatnonzero(digests < limit)
+    limit = np.uint64(max(int(share * 2**64), int(groups.min()) + 1))
+    return np.flatnonzero(groups < limit)
 
 
 def problems_of(drafts: list[Draft], data: DataConfig, *, context_length: int | None) -> list[str]:
@@ -137,7 +137,8 @@ def problems_of(drafts: list[Draft], data: DataConfig, *, context_length: int | 
         ways = [f"data.max_length={longest} takes them all"] if fits else []
         ways += ["data.on_overlong=drop leaves them out"]
         if data.on_overlong == "error":
-            ways += ["truncate_prompt shortens prompts from the front"]
+            if any(source.layout != "text" for source in first.sources):
+                ways += ["truncate_prompt shortens prompts from the front"]
             if "input_ids" in first.sources[0].examples.column_names:  # a pair cannot be split
                 ways += ["split makes several rows of a long conversation"]
             said = f"{overlong:,} of {total:,} rows exceed {limit:,} tokens"

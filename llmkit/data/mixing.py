@@ -4,6 +4,7 @@ import numpy as np
 
 from llmkit.config.schema import SourceConfig
 from llmkit.data.encoding.cache import EncodedSource
+from llmkit.errors import DataError
 
 
 def mixed_indices(chosen: np.ndarray, sources: list[EncodedSource], configs: list[SourceConfig]) -> np.ndarray:
@@ -15,6 +16,9 @@ def mixed_indices(chosen: np.ndarray, sources: list[EncodedSource], configs: lis
 
     Args:
         chosen: indices into all sources put together, ascending.
+
+    Raises:
+        DataError: a source with a weight has no row left.
     """
     starts = np.cumsum([0, *(len(source) for source in sources)])
     parts = [
@@ -23,10 +27,12 @@ def mixed_indices(chosen: np.ndarray, sources: list[EncodedSource], configs: lis
     ]
     weights = [weight for config in configs if (weight := _weight(config)) is not None]
     if len(weights) == len(parts) > 1:
+        if empty := [source.name for source, part in zip(sources, parts, strict=True) if not len(part)]:
+            raise DataError(f"{empty[0]}: has a weight, but none of its rows is left to train on; leave it out.")
         total = min(len(part) / weight for part, weight in zip(parts, weights, strict=True))
         parts = [
-            _lowest_hashes(part, source.column("digest")[part - first], round(total * weight))
-            for part, source, first, weight in zip(parts, sources, starts, weights, strict=False)
+            _thinned(part, source.column("digest")[part - first], max(round(total * weight), 1), copies=config.repeat)
+            for part, source, first, weight, config in zip(parts, sources, starts, weights, configs, strict=False)
         ]
     return np.concatenate(parts)
 
@@ -39,5 +45,7 @@ def _weight(config: SourceConfig) -> float | None:
     return config.weight
 
 
-def _lowest_hashes(part: np.ndarray, digests: np.ndarray, count: int) -> np.ndarray:
-    return part[np.sort(np.argsort(digests, kind="stable")[:count])]
+def _thinned(part: np.ndarray, digests: np.ndarray, count: int, *, copies: int) -> np.ndarray:
+    """`count` of the rows: those with the lowest hashes, and no row a second time before all have come once."""
+    copy = np.arange(len(part)) // max(len(part) // copies, 1)
+    return part[np.sort(np.lexsort((digests, copy))[:count])]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 
 import datasets
@@ -24,7 +25,7 @@ def pack(dataset: datasets.Dataset, *, max_length: int, fingerprint: str) -> dat
         with _no_progress_bar():
             pack_dataset(dataset, max_length, "bfd", {"cache_file_name": str(directory / PACKED)})
 
-    target = build_once(cache_dir() / "data" / f"packed-{max_length}-{fingerprint}", build)
+    target = build_once(cache_dir() / "data" / f"packed-{max_length}-{metadata.version('trl')}-{fingerprint}", build)
     return datasets.Dataset.from_file(str(target / PACKED))
 
 

@@ -13,11 +13,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llmkit.config.schema import DataConfig
-from llmkit.data.audit import audit
-from llmkit.data.drafts import Draft, draft_splits, problems_of, training_sources
+from llmkit.data.audit import audit, training_indices
+from llmkit.data.drafts import Draft, draft_splits, problems_of
 from llmkit.data.encoding.batches import read_example
 from llmkit.data.examples import Example
-from llmkit.data.mixing import mixed_indices
 from llmkit.data.packing import pack
 from llmkit.errors import DataError
 
@@ -92,11 +91,7 @@ def prepare_data(
 
 def _split(draft: Draft, data: DataConfig, *, preference: bool) -> tuple[Split, str]:
     """The split and a hash of its content and order."""
-    keep = ~draft.overlong & ~draft.empty
-    chosen = draft.chosen[keep]
-    if draft.name == "train":
-        configs = [config for _, config in training_sources(data)]
-        chosen = mixed_indices(chosen, draft.sources, configs)
+    chosen = draft.chosen[~draft.overlong & ~draft.empty] if draft.name != "train" else training_indices(draft, data)
     digest = blake2b(digest_size=16)
     for source in draft.sources:
         digest.update(source.digest.encode())

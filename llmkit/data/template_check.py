@@ -17,7 +17,7 @@ def template_warnings(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> l
     """Each in a sentence; none for data that is all `text`, which the template never sees."""
     if not tokenizer.chat_template:
         return []
-    return [*_other_prompt(tokenizer), *_unused_values(tokenizer, data)]
+    return [*_other_prompt(tokenizer), *_unused_values(tokenizer, data), *_date_of_today(tokenizer, data)]
 
 
 def _other_prompt(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -47,4 +47,14 @@ def _unused_values(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> list
         f"{did_you_mean(name, words)}"
         for name in data.chat_template_kwargs
         if name not in words
+    ]
+
+
+def _date_of_today(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> list[str]:
+    """Llama 3's templates write the date of the day the rows are prepared, unless they are given one."""
+    if "strftime_now" not in str(tokenizer.chat_template) or "date_string" in data.chat_template_kwargs:
+        return []
+    return [
+        "the chat template writes today's date into every row: tomorrow the same rows are other tokens, and a run does "
+        "not go on from them. data.chat_template_kwargs={date_string: DATE} fixes it, where the template has that."
     ]

@@ -68,6 +68,8 @@ def load_run_tokenizer(config: TrainConfig, tokens_beside_rows: Iterable[str] = 
         tokenizer.chat_template = {name: with_defaults(one, data.chat_template_kwargs) for name, one in own.items()}
         return tokenizer
     _, inherited = split_defaults(own)
+    if inherited and not data.chat_template_kwargs:
+        config.derived.append("data.chat_template_kwargs")
     data.chat_template_kwargs = inherited | data.chat_template_kwargs
     tokenizer.chat_template = with_defaults(own, data.chat_template_kwargs)
     return tokenizer

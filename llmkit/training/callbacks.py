@@ -121,8 +121,11 @@ class BestWeights(TrainerCallback):
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     parameter.data.copy_(saved.get_tensor(name))
-        self.path.unlink()
         return self.step
+
+    def discard(self) -> None:
+        """Remove the file, once its weights are delivered: until then a run that is killed needs it again."""
+        self.path.unlink(missing_ok=True)
 
 
 class StopAtStepEnd(TrainerCallback):

@@ -10,7 +10,8 @@ from typing import Any, Self
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from llmkit import rundir
 from llmkit.config import TrainConfig
@@ -18,6 +19,7 @@ from llmkit.config.schema import FIGURES_OF_RECIPE
 from llmkit.data.prepare import PreparedData
 from llmkit.errors import ConfigError
 from llmkit.training import checkpoints
+from llmkit.training.arguments import total_steps
 from llmkit.training.callbacks import BestWeights, Reporting, Samples, StopAtStepEnd
 from llmkit.training.console import RunConsole
 from llmkit.training.delivery import base_model, model_card, save_final, serve_command
@@ -120,9 +122,18 @@ class Session:
         """Train to the end, or to the step at which a stop was asked for."""
         if self.checkpoint:
             self.console.fact("resume", f"from {self.checkpoint}")
-        self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        steps = total_steps(self.config.training, len(self.data.train.dataset))
+        if self.checkpoint and checkpoints.read_manifest(self.checkpoint)["step"] >= steps:
+            self._take_up_the_last_step(self.checkpoint)
+        else:
+            self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
         self.console.end()
         self.stopped = self.stop.signal is not None and self.trainer.state.global_step < self.trainer.state.max_steps
+
+    def _take_up_the_last_step(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint behind which no step is left: Transformers would train one more (5.19)."""
+        self.trainer._load_from_checkpoint(str(checkpoint))
+        self.trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
     def measure_result(self) -> None:
         """The same figures for what will be delivered: the last weights or the best."""
@@ -154,6 +165,8 @@ class Session:
         figures = {"train_loss": result["train_loss"]} | self.figures
         card = model_card(self.config, figures, model=self.trainer.model)
         final = save_final(self.trainer.model, self.tokenizer, self.config, self.run_dir, card)
+        if self.best:
+            self.best.discard()
         self.console.fact("final", f"{final}")
         repeat = shlex.join(["llmkit", "train", str(self.run_dir / rundir.CONFIG)])
         self.console.fact("repeat", repeat)

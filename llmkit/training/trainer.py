@@ -89,7 +89,7 @@ class RunMixin:
         """Evaluate one batch, and count what its mean stands for."""
         output = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         items = self.count_items(inputs).to(output[0].device)
-        self._evaluated += torch.stack([output[0].detach() * items, items])
+        self._evaluated = self._evaluated.to(items.device) + torch.stack([output[0].detach() * items, items])
         return output
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:

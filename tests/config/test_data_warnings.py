@@ -11,7 +11,6 @@ import pytest
         (["data.path=demo", "data.weight=2"], "data.weight=2.0 has no effect"),
         (["data.hub_id=org/name", "data.weight=2"], "data.weight=2.0 has no effect: it is the only source"),
         (["data.datasets=[{path: demo}]", "data.limit=5"], "data.limit=5 has no effect: data.datasets has its own"),
-        (["data.path=demo", "data.format=text", "data.train_on=all"], "data.train_on=all has no effect"),
     ],
 )
 def test_a_setting_without_effect_is_named(compose, words, said):

@@ -49,7 +49,7 @@ def test_all_keys_are_there_and_all_of_it_is_json(look, chats_file):
     (source,) = found["sources"]
     assert set(source) == {
         *("name", "format", "used_for", "rows", "examples", "used", "truncated", "split"),
-        *("unknown_tokens", "turns", "turns_without_end"),
+        *("answers_lost", "reasoning_lost", "other_voices", "unknown_tokens", "turns", "turns_without_end"),
     }
 
 

@@ -100,3 +100,22 @@ def test_the_demo_has_a_preference_part_with_pairs_held_out(tiny_tokenizer):
     assert len(data.train) >= 100
     assert len(data.validation) >= 30
     assert data.audit["splits"]["validation"]["also_in_training"] == 0
+
+
+def test_pairs_of_one_prompt_are_on_the_same_side(prepare):
+    pairs = [(f"question {n}?", f"right {n} {k}", f"wrong {n} {k}") for n in range(20) for k in range(4)]
+    data = prepare(*pairs, validation=0.3)
+
+    sides = [
+        {pair.prompt[0]["content"] for pair in split.examples(len(split))} for split in (data.train, data.validation)
+    ]
+    assert len(data.validation) % 4 == 0
+    assert not sides[0] & sides[1]
+
+
+def test_turns_of_others_in_an_answer_are_told(prepare):
+    turns = [("assistant", "a"), ("user", "b"), ("assistant", "c")]
+    answer = [{"role": role, "content": content} for role, content in turns]
+    audit = prepare(([{"role": "user", "content": "q"}], answer, [{"role": "assistant", "content": "d"}])).audit
+
+    assert any("turns of others" in warning for warning in audit["warnings"])

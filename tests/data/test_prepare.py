@@ -495,3 +495,51 @@ def test_reasoning_that_the_template_leaves_out_is_counted(tiny_tokenizer):
 def test_a_turn_left_out_that_is_no_answer_does_not_go_with_learning_all(tiny_tokenizer):
     with pytest.raises(DataError, match=r"row 1: leaves a turn of the user out.*data\.train_on=assistant"):
         encode(tiny_tokenizer, Conversation(messages=chat("q", "a"), learnt=[False, True]), train_on="all")
+
+
+def test_parts_of_a_long_text_hold_their_own_characters_only(tiny_tokenizer):
+    text = "".join(f"word{n} " for n in range(200))
+    rows = [Row({}, "book.jsonl", 1)]
+    encoder = ConversationEncoder(ChatText(tiny_tokenizer), train_on="assistant", on_overlong="split", max_length=32)
+    parts = encoder.encode(rows, [Conversation(messages=[], text=text)], Notes())
+
+    held = [json.loads(part.example)["text"] for part in parts]
+    assert text in "".join(held)
+    assert max(map(len, held)) < len(text) / 10
+
+
+def test_learning_all_keeps_parts_without_an_answer(tiny_tokenizer):
+    messages = [*THREE, {"role": "user", "content": "more " * 8}]
+    (whole,), _ = encode(tiny_tokenizer, messages, train_on="all")
+    parts, _ = encode(tiny_tokenizer, messages, train_on="all", on_overlong="split", max_length=len(whole.ids) // 2 + 8)
+
+    assert "more more" in "".join(tiny_tokenizer.decode(part.ids) for part in parts)
+    assert all(part.learnt == len(part.ids) for part in parts)
+
+
+def test_answers_lost_with_the_beginning_of_a_row_are_counted(tiny_tokenizer):
+    (whole,), _ = encode(tiny_tokenizer, THREE)
+    _, notes = encode(tiny_tokenizer, THREE, on_overlong="truncate_prompt", max_length=len(whole.ids) - 1)
+
+    assert notes.answers_lost == 1
+
+
+def test_a_weighted_source_without_rows_is_named(chats_file, tiny_tokenizer):
+    long = chats_file({"question": "q", "answer": "a " * 90}, name="long.jsonl")
+    short = chats_file(*({"question": f"q {n}", "answer": "a"} for n in range(5)), name="short.jsonl")
+    sources = [SourceConfig(path=str(long), weight=1), SourceConfig(path=str(short), weight=1)]
+    data = DataConfig(datasets=sources, validation=None, on_overlong="drop")
+
+    with pytest.raises(DataError, match=r"long\.jsonl: has a weight, but none of its rows is left"):
+        prepare_data(data, tiny_tokenizer, max_length=30)
+
+
+def test_no_row_comes_a_second_time_before_all_have_come_once(chats_file, tiny_tokenizer):
+    few = chats_file(*({"question": f"few {n}", "answer": "a"} for n in range(30)), name="few.jsonl")
+    others = chats_file(*({"question": f"other {n}", "answer": "a"} for n in range(40)), name="others.jsonl")
+    sources = [SourceConfig(path=str(few), weight=1, repeat=3), SourceConfig(path=str(others), weight=1)]
+    data = prepare_data(DataConfig(datasets=sources, validation=None), tiny_tokenizer, max_length=64)
+
+    asked = [messages[0]["content"] for messages in messages_of(data.train) if "few" in messages[0]["content"]]
+    assert len(asked) == 40
+    assert len(set(asked)) == 30

@@ -271,3 +271,25 @@ def test_a_model_too_large_for_the_device_is_warned_of_before_it_is_loaded(train
     with pytest.raises(OutOfMemory, match="does not fit into CPU"):
         train("hardware=cpu", "hardware.memory_gib=0.001")
     assert "the weights of tiny need 0 GiB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [(), ("training.final=best", "training.lr_scheduler_type=constant")])
+def test_a_run_killed_after_its_last_step_takes_no_other(train, tmp_path, monkeypatch, words):
+    from llmkit.training.session import Session
+
+    words = (*words, "training.save_steps=2", "training.eval_steps=1", "training.learning_rate=3e-2")
+    whole = train(*words)
+
+    def killed(session: Session) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "deliver", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(*words, run_dir=tmp_path / "run")
+    again = train(*words, run_dir=tmp_path / "run")
+
+    assert again.result["steps"] == whole.result["steps"] == 4
+    assert [r["step"] for r in again.metrics() if "loss" in r] == [r["step"] for r in whole.metrics() if "loss" in r]
+    for key in ("eval_loss", "train_loss", "final_is"):
+        assert again.result[key] == whole.result[key]

@@ -15,8 +15,10 @@ from llmkit.data.rows import Row
 IGNORED = -100  # the label that PyTorch's cross entropy skips
 
 _TOKENS = pa.list_(pa.int32())
-# Beside its tokens: all tokens, those learnt (0: nothing worth learning), a hash of the content, the row, the content.
-_FACTS = [("length", pa.int32()), ("learnt", pa.int32()), ("digest", pa.uint64()), ("row", pa.int64())]
+# Beside its tokens: all tokens, those learnt (0: nothing worth learning), a hash of the content, a hash of
+# what must stay on one side of a split, the row, the content.
+_FACTS = [("length", pa.int32()), ("learnt", pa.int32()), ("digest", pa.uint64()), ("group", pa.uint64())]
+_FACTS += [("row", pa.int64())]
 _FACTS += [("example", pa.string())]
 CONVERSATIONS = pa.schema([("input_ids", _TOKENS), ("labels", _TOKENS), *_FACTS])
 PREFERENCES = pa.schema([("prompt_ids", _TOKENS), ("chosen_ids", _TOKENS), ("rejected_ids", _TOKENS), *_FACTS])
@@ -29,6 +31,7 @@ class Notes:
     end_tokens: Counter[int] = field(default_factory=Counter)  # the last tokens of answers
     unknown: int = 0  # unknown tokens
     truncated: int = 0  # rows shortened from the front
+    answers_lost: int = 0  # answers to learn that shortened rows had
     split: int = 0  # rows made into several
     reasoning_lost: int = 0  # rows whose last answer was reasoned for, and the template leaves that out
     other_voices: int = 0  # pairs with turns of others than the assistant after the prompt, which are compared too
@@ -64,6 +67,7 @@ class Encoded(NamedTuple):
     ids: tuple[np.ndarray, ...]
     learnt: int
     digest: int  # of the whole row, also where this is a part of it: parts of a row are never on both sides of a split
+    group: int  # of what is never on both sides of a split: the row, or the prompt that several pairs share
     example: str
 
 
@@ -78,6 +82,7 @@ def record_batch(encoded: list[Encoded], schema: pa.Schema) -> pa.RecordBatch:
         lengths,
         [one.learnt for one in encoded],
         [one.digest for one in encoded],
+        [one.group for one in encoded],
         [one.row.number for one in encoded],
         [one.example for one in encoded],
     ]

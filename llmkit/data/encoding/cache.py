@@ -43,7 +43,7 @@ class EncodedSource:
         return len(self.examples)
 
     def column(self, name: str) -> np.ndarray:
-        """A column of numbers: `length`, `learnt` (tokens), `digest`, `row`."""
+        """A column of numbers: `length`, `learnt` (tokens), `digest`, `group`, `row`."""
         return self.examples.data.column(name).to_numpy()
 
     def place(self, index: int) -> str:
@@ -148,6 +148,6 @@ def _code_version() -> str:
     folders = ("reading", "formats", "encoding")
     for file in (data / "examples.py", *(file for folder in folders for file in sorted(data.glob(f"{folder}/*.py")))):
         digest.update(file.read_bytes())
-    for library in ("tokenizers", "transformers", "jinja2"):
+    for library in ("tokenizers", "transformers", "jinja2", "trl"):
         digest.update(metadata.version(library).encode())
     return digest.hexdigest()

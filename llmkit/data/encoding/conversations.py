@@ -43,10 +43,11 @@ class ConversationEncoder:
                 notes.split += 1
                 for start in range(0, len(ids), self.max_length):
                     part = ids[start : start + self.max_length]
-                    encoded.append(Encoded(item.row, (part, part), len(part), item.digest, item.example))
+                    example = _text_part(item.conversation, text, tokens, start, start + len(part))
+                    encoded.append(Encoded(item.row, (part, part), len(part), item.digest, item.digest, example))
             else:
-                learnt = int((labels != IGNORED).sum()) if _says_something(item) else 0
-                encoded.append(Encoded(item.row, (ids, labels), learnt, item.digest, item.example))
+                learnt = int((labels != IGNORED).sum()) if self._says_something(item) else 0
+                encoded.append(Encoded(item.row, (ids, labels), learnt, item.digest, item.digest, item.example))
         return encoded
 
     def _item(self, row: Row, conversation: Conversation) -> _Item:
@@ -84,19 +85,28 @@ class ConversationEncoder:
 
     def _labels(self, item: _Item, text: str, tokens: Encoding, ids: np.ndarray, notes: Notes) -> np.ndarray:
         if item.conversation.text is not None:
-            notes.end_tokens[int(ids[-1])] += 1
+            if len(ids):
+                notes.end_tokens[int(ids[-1])] += 1
             return ids
         labels = np.full(len(ids), IGNORED, dtype=np.int32)
         if self.train_on == "all":
             labels[:] = ids
             for start, end in self._spans(item, text, self._left_out(item)):
                 labels[token_at(tokens, start, text) : token_at(tokens, end, text)] = IGNORED
-        for start, end in self._spans(item, text, item.wanted):
+        for start, end in self._answers(item, text):
             first, behind = token_at(tokens, start, text), token_at(tokens, end, text)
             labels[first:behind] = ids[first:behind]
             if behind > first:
                 notes.end_tokens[int(ids[behind - 1])] += 1
         return labels
+
+    def _answers(self, item: _Item, text: str) -> list[Span]:
+        try:
+            return self._spans(item, text, item.wanted)
+        except DataError:
+            if self.train_on == "all":
+                return []  # where they lie decides nothing then
+            raise
 
     def _spans(self, item: _Item, text: str, wanted: list[int]) -> list[Span]:
         if not wanted:
@@ -122,6 +132,14 @@ class ConversationEncoder:
             )
         return left_out
 
+    def _says_something(self, item: _Item) -> bool:
+        """Whether there is something with words to learn: an end of turn alone is nothing."""
+        messages = item.conversation.messages
+        if item.conversation.text is not None:
+            return bool(item.conversation.text.strip())
+        turns = messages if self.train_on == "all" else [messages[i] for i in item.wanted]
+        return any((turn.get("content") or "").strip() or turn.get("tool_calls") for turn in turns)
+
     def _fit(self, item: _Item, notes: Notes) -> list[_Item] | None:
         """The conversation in a form that fits, or None if there is none."""
         messages = item.conversation.messages
@@ -138,12 +156,14 @@ class ConversationEncoder:
                 return None
             notes.split += 1
             parts = [_part(item, start, end) for start, end in points]
-            return [part for part in parts if part.wanted]
+            return [part for part in parts if part.wanted or self.train_on == "all"]
         last = item.wanted[-1]
         start = keep_from_front(messages, last, fits)
         if start is not None:
+            shorter_item = _part(item, start, len(messages))
             notes.truncated += 1
-            return [_part(item, start, len(messages))]
+            notes.answers_lost += len(item.wanted) - len(shorter_item.wanted)
+            return [shorter_item]
         asked = next((i for i in range(last - 1, -1, -1) if messages[i]["role"] == "user"), None)
         if asked is None:
             return None
@@ -152,6 +172,7 @@ class ConversationEncoder:
         if shorter is None:
             return None
         notes.truncated += 1
+        notes.answers_lost += len(item.wanted) - len(part.wanted)
         cut = replace(part.conversation, messages=shorter)
         return [part._replace(conversation=cut, example=write_example(cut))]
 
@@ -167,17 +188,16 @@ def _part(item: _Item, start: int, end: int) -> _Item:
     return item._replace(conversation=part, wanted=wanted, example=write_example(part))
 
 
-def _says_something(item: _Item) -> bool:
-    """Whether there is an answer with words: an end of turn alone is nothing to learn."""
-    if item.conversation.text is not None:
-        return bool(item.conversation.text.strip())
-    answers = [item.conversation.messages[i] for i in item.wanted]
-    return any((answer.get("content") or "").strip() or answer.get("tool_calls") for answer in answers)
-
-
 def _loses_reasoning(item: _Item, text: str) -> bool:
     """Whether the last answer has reasoning that the template does not write. Earlier ones often lose it by design."""
     if not item.wanted:
         return False
     words = (item.conversation.messages[item.wanted[-1]].get("reasoning_content") or "").split()
     return bool(words) and words[-1] not in text
+
+
+def _text_part(whole: Conversation, text: str, tokens: Encoding, first: int, behind: int) -> str:
+    """The characters of some tokens of a plain text, as an example of their own."""
+    begin, _ = tokens.token_to_chars(first) or (0, 0)
+    _, end = tokens.token_to_chars(behind - 1) or (0, len(text))
+    return write_example(replace(whole, text=text[begin:end]))

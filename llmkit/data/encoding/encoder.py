@@ -47,7 +47,10 @@ class Encoder:
         else:
             conversations = [example for example in examples if isinstance(example, Conversation)]
             encoded = self._conversations.encode(rows, conversations, notes)
-        if (unknown := self.tokenizer.unk_token_id) is not None:
+        own = self.tokenizer
+        unknown = own.unk_token_id
+        # Where the unknown token is another's too (GPT-2), it says nothing.
+        if unknown is not None and unknown not in (own.eos_token_id, own.bos_token_id, own.pad_token_id):
             parts = slice(None) if self.preference else slice(1)  # labels repeat the ids
             notes.unknown = sum(int((ids == unknown).sum()) for one in encoded for ids in one.ids[parts])
         return EncodedBlock(block.source, len(rows), record_batch(encoded, self.schema), notes)

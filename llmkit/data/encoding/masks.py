@@ -21,7 +21,8 @@ from llmkit.errors import DataError
 
 Span = tuple[int, int]
 
-STAND_IN = "\N{OBJECT REPLACEMENT CHARACTER}"  # for an answer, to see what a template writes around it
+# For an answer, to see what a template writes around it: characters that no text has in a row.
+STAND_IN = "\uf8ff\N{OBJECT REPLACEMENT CHARACTER}\uf8ff"
 
 
 def render(
@@ -147,6 +148,8 @@ class AnswerFinder:
             whole = render(self.tokenizer, [*messages[:index], stand_in, *messages[index + 1 :]], tools=tools)
             closed = render(self.tokenizer, [*messages[:index], stand_in], tools=tools)
         except (TemplateError, TypeError, KeyError):  # a tool's result without its call, say
+            return None
+        if whole.count(STAND_IN) != 1:
             return None
         before, _, after = whole.partition(STAND_IN)
         head = self._prompt(messages[:index], tools)

@@ -26,13 +26,14 @@ class PreferenceEncoder:
         encoded = []
         for row, pair, ids in zip(rows, pairs, self._ids(rows, pairs, notes), strict=True):
             digest = content_hash(write_example(pair))
+            group = content_hash(write_example(Conversation(messages=pair.prompt, tools=pair.tools)))
             notes.other_voices += any(turn["role"] != "assistant" for turn in pair.chosen + pair.rejected)
             fitted = pair, ids
             if self.on_overlong == "truncate_prompt" and _length(ids) > self.max_length:
                 fitted = self._fit(row, pair, notes) or fitted
             (_, chosen, rejected) = fitted[1]
             learnt = len(chosen) + len(rejected)
-            encoded.append(Encoded(row, fitted[1], learnt, digest, write_example(fitted[0])))
+            encoded.append(Encoded(row, fitted[1], learnt, digest, group, write_example(fitted[0])))
         return encoded
 
     def _ids(self, rows: list[Row], pairs: list[Preference], notes: Notes) -> list[Ids]:

@@ -29,7 +29,6 @@ Groups: GROUP=OPTION picks one, GROUP.KEY=VALUE sets a value (--cfg job shows th
 Examples:
   llmkit train                                              the demo: a minute, no GPU, no network
   llmkit train data.path=chats.jsonl model=qwen3_0_6b       your own file
-  llmkit train recipe=dpo init_from=runs/alpha data.path=pairs.jsonl  go on with preference pairs
   llmkit train method=lora model=mistral7b -m lora.r=4,8,16 a sweep, ranked at the end
   llmkit train my.yaml name=alpha training.max_steps=500    your own config file first, then changes
   llmkit train runs/alpha/config.yaml                       repeat a run

@@ -5,7 +5,6 @@ No argv is re-executed and nothing is composed here: what runs is what `RUN_DIR/
 
 import atexit
 import contextlib
-import ctypes
 import gc
 import importlib
 import logging
@@ -22,11 +21,10 @@ from llmkit import rundir
 from llmkit.cli import print_error
 from llmkit.config import TrainConfig, load
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError, LlmkitError, Stopped
+from llmkit.processes import die_with_parent
 from llmkit.training.advice import is_out_of_memory, reason, untried_changes
 from llmkit.training.stopping import StopRequest
 from llmkit.training.versions import versions
-
-PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,8 +103,7 @@ def _die_with_driver() -> None:
     driver = os.environ.get("LLMKIT_DRIVER")
     if driver is None or not sys.platform.startswith("linux"):
         return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(driver):  # it died before we asked
+    if not die_with_parent(int(driver), signal.SIGTERM):  # it died before we asked
         sys.exit(EXIT_PREEMPTED)
 
 

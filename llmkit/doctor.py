@@ -3,12 +3,11 @@
 import argparse
 import importlib.metadata
 import importlib.util
-import netrc
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from llmkit import __version__
 from llmkit.cli import guarded
 from llmkit.errors import EXIT_DONE, EXIT_FAILED
 from llmkit.storage import cache_dir
+from llmkit.training.wandb_key import wandb_key_place
 
 OK, MISSING, NOTE = "ok", "missing", "note"
 ESSENTIAL = ("torch", "transformers", "trl", "peft", "datasets")
@@ -174,7 +174,7 @@ def _hub_login() -> Finding:
     offline = "; HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
     if os.environ.get("HF_TOKEN"):
         return Finding(OK, "Hub login", f"token in HF_TOKEN{offline}")
-    if _readable(token_file, lambda path: bool(path.read_text().strip())):
+    if _holds_text(token_file):
         return Finding(OK, "Hub login", f"token in {token_file}{offline}")
     return Finding(NOTE, "Hub login", f"none, needed for gated models only: hf auth login{offline}")
 
@@ -185,20 +185,16 @@ def _wandb() -> Finding:
     version = _version("wandb")
     if (mode := os.environ.get("WANDB_MODE")) in ("offline", "disabled"):
         return Finding(NOTE, "W&B", f"{version}, {mode} (WANDB_MODE)")
-    if os.environ.get("WANDB_API_KEY"):
-        return Finding(OK, "W&B", f"{version}, key in WANDB_API_KEY")
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rpartition("//")[2].strip("/")
-    file = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
-    if _readable(file, lambda path: bool((netrc.netrc(path).authenticators(host) or ("",))[-1])):
-        return Finding(OK, "W&B", f"{version}, key in {file}")
+    if place := wandb_key_place():
+        return Finding(OK, "W&B", f"{version}, key in {place}")
     return Finding(NOTE, "W&B", f"{version}, no key: runs are kept offline; to upload them: wandb login")
 
 
-def _readable(path: Path, holds: Callable[[Path], bool]) -> bool:
-    """Whether the file can be read and `holds` what is asked; the contents go no further."""
+def _holds_text(path: Path) -> bool:
+    """Whether the file can be read and is not blank; the contents go no further."""
     try:
-        return holds(path)
-    except (OSError, UnicodeDecodeError, netrc.NetrcParseError):
+        return bool(path.read_text().strip())
+    except (OSError, UnicodeDecodeError):
         return False
 
 

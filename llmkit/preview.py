@@ -6,8 +6,7 @@ Composes the config as `llmkit train` does and prepares the data as a run would,
 import gc
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from llmkit.cli import guarded, print_error
 from llmkit.config import TrainConfig, resolve, validate, warnings
 from llmkit.config.arguments import parse_arguments
 from llmkit.config.compose import run_composed
+from llmkit.data.progress import now_and_then
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, ConfigError, DataError
 from llmkit.launchers.local import LocalLauncher
 
@@ -105,7 +105,7 @@ def _show(composed: DictConfig, wanted: Wanted) -> int:
         page.check_place(wanted.page)
     try:
         inputs = report.run_inputs(config)
-        found = report.look(config, inputs, progress=_progress())
+        found = report.look(config, inputs, progress=now_and_then(_say, seconds=SECONDS_PER_LINE))
     except DataError as error:
         print_error(error)  # of a row that cannot be used: there is no audit without it
         return EXIT_FAILED
@@ -127,17 +127,8 @@ def _show(composed: DictConfig, wanted: Wanted) -> int:
     return EXIT_DONE
 
 
-def _progress() -> Callable[[str, int], None]:
-    """A line on stderr every few seconds: what is prepared already, or soon is, prints none."""
-    last = time.monotonic()
-
-    def tell(name: str, rows: int) -> None:
-        nonlocal last
-        if (now := time.monotonic()) - last >= SECONDS_PER_LINE:
-            print(f"preparing {name}: {rows:,} rows so far", file=sys.stderr, flush=True)
-            last = now
-
-    return tell
+def _say(line: str) -> None:
+    print(f"preparing {line}", file=sys.stderr, flush=True)
 
 
 @contextmanager

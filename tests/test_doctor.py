@@ -136,6 +136,25 @@ def test_logins_from_files_are_seen_and_never_shown(capsys, bare_user):
     assert "secret" not in shown.out + shown.err
 
 
+@pytest.mark.parametrize(
+    ("host", "server", "found"),
+    [
+        ("api.wandb.ai", None, True),
+        ("api.forge.coreweave.com", None, True),
+        ("wandb.example.org:8080", "https://wandb.example.org:8080/", True),
+        ("api.wandb.ai", "https://wandb.example.org", False),
+    ],
+)
+def test_a_key_counts_for_the_server_it_is_for(bare_user, monkeypatch, host, server, found):
+    from llmkit.training.wandb_key import wandb_key_place
+
+    (bare_user / ".netrc").write_text(f"machine {host} login user password wandb_secret\n")
+    (bare_user / ".netrc").chmod(0o600)
+    if server:
+        monkeypatch.setenv("WANDB_BASE_URL", server)
+    assert wandb_key_place() == (str(bare_user / ".netrc") if found else None)
+
+
 @pytest.mark.parametrize("content", ["", "machine api.wandb.ai login"])
 def test_a_user_without_logins_gets_notes_even_if_the_files_are_broken(capsys, bare_user, content):
     (bare_user / ".netrc").write_text(content)

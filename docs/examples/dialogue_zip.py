@@ -19,6 +19,8 @@ SPLITS = ("train", "test")
 
 
 def rows(split):
+    if "DIALOGUES" not in os.environ:
+        raise ValueError("the environment variable DIALOGUES has to name the zip, as in DIALOGUES=dialogues.zip")
     with zipfile.ZipFile(os.environ["DIALOGUES"]) as archive:
         names = sorted(name for name in archive.namelist() if name.endswith(".txt"))
         for number, name in enumerate(names):

@@ -12,6 +12,8 @@
         used                              what a pass takes: with `repeat` and `weight`, without what is dropped
         tokens, supervised_tokens         of what a pass takes; of all rows where training would stop
         duplicates                        repeat an earlier one of the split
+        control_tokens                    hold a special token in their text, which is read as the token itself; of the
+                                          first one control_example says place and token
         also_in_training                  (validation, test) are in the training split too
         length, supervised                tokens per row of the same: min, median, p95, max, mean, and a histogram:
                                           counts[i] rows from edges[i] to below edges[i + 1]
@@ -22,6 +24,7 @@
                  several), reasoning_lost (rows whose last answer's reasoning the template leaves out), other_voices
                  (pairs with turns of others than the assistant in an answer), unknown_tokens,
                  turns (answers to learn), turns_without_end (those that end in ordinary text)
+    unseen_tokens  those of data.special_tokens, and listed beside the rows, that are in no training row
     problems     why training would stop at this data
     warnings     what deserves a look
 """
@@ -34,9 +37,11 @@ from transformers import PreTrainedTokenizerBase
 
 from llmkit.config.schema import DataConfig
 from llmkit.data.audit_words import warnings_of
-from llmkit.data.drafts import Draft, training_sources
+from llmkit.data.drafts import Draft
 from llmkit.data.encoding.cache import EncodedSource
+from llmkit.data.encoding.control_tokens import control_tokens
 from llmkit.data.mixing import mixed_indices
+from llmkit.data.reading.sources import training_sources
 from llmkit.data.template_check import template_warnings
 
 LONGEST_SHOWN = 5
@@ -59,18 +64,23 @@ def audit(
     splits = {}
     for draft in drafts:
         taken = used if draft is train else draft.chosen[~draft.overlong & ~draft.empty]
-        splits[draft.name] = _split(draft, data, taken, whole=bool(problems) or not len(taken))
+        splits[draft.name] = _split(draft, tokenizer, data, taken, whole=bool(problems) or not len(taken))
     for draft in drafts[1:]:
         splits[draft.name]["also_in_training"] = _shared(draft.column("digest"), train.column("digest"))
     sources = _sources(drafts, tokenizer, used)
+    unseen = _unseen_tokens(train, tokenizer)
     return {
         "max_length": train.max_length,
         "preference": "chosen_ids" in train.sources[0].examples.column_names,
         "splits": splits,
         "packing": _packing(train, used) if data.packing == "bfd" else None,
         "sources": sources,
+        "unseen_tokens": unseen,
         "problems": problems,
-        "warnings": [*template_warnings(tokenizer, data), *warnings_of(splits, sources, train_on=data.train_on)],
+        "warnings": [
+            *template_warnings(tokenizer, data),
+            *warnings_of(splits, sources, train_on=data.train_on, unseen_tokens=unseen),
+        ],
     }
 
 
@@ -81,7 +91,9 @@ def training_indices(train: Draft, data: DataConfig) -> np.ndarray:
     return mixed_indices(chosen, train.sources, configs)
 
 
-def _split(draft: Draft, data: DataConfig, taken: np.ndarray, *, whole: bool) -> dict[str, Any]:
+def _split(
+    draft: Draft, tokenizer: PreTrainedTokenizerBase, data: DataConfig, taken: np.ndarray, *, whole: bool
+) -> dict[str, Any]:
     """Of one split; its tokens are of the examples `taken` (places in all its sources), or of the whole split."""
     overlong, empty = int(draft.overlong.sum()), int(draft.empty.sum())
     few = min(LONGEST_SHOWN, len(draft))
@@ -103,6 +115,7 @@ def _split(draft: Draft, data: DataConfig, taken: np.ndarray, *, whole: bool) ->
             "empty": empty if data.on_empty == "drop" else 0,
         },
         "duplicates": _duplicates(draft),
+        **_control_tokens(draft, tokenizer),
         "length": _distribution(lengths),
         "supervised": _distribution(learnt),
         "longest": [{"place": draft.place(int(index)), "tokens": int(draft.lengths[index])} for index in longest],
@@ -110,11 +123,27 @@ def _split(draft: Draft, data: DataConfig, taken: np.ndarray, *, whole: bool) ->
 
 
 def _duplicates(draft: Draft) -> int:
-    """Rows that repeat another; the parts of one row, which share its hash and follow each other, are one."""
-    digests, rows, files = draft.column("digest"), draft.column("row"), _files(draft)
-    part = (digests[1:] == digests[:-1]) & (rows[1:] == rows[:-1]) & (files[1:] == files[:-1])
-    ordered = np.sort(digests[np.append(True, ~part)])  # a tenth of the time of np.unique (numpy 2.3)
+    """Rows that repeat another; the parts of one row, which share its hash, are one."""
+    first_of_row = np.diff(draft.origins, prepend=-1) != 0
+    ordered = np.sort(draft.column("digest")[first_of_row])  # a tenth of the time of np.unique (numpy 2.3)
     return int((ordered[1:] == ordered[:-1]).sum())
+
+
+def _control_tokens(draft: Draft, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    rows = draft.column("control")
+    if not rows.any():
+        return {"control_tokens": 0, "control_example": None}
+    first = int(np.argmax(rows))
+    pattern = control_tokens(tokenizer, draft.sources[0].own_tokens)
+    found = pattern and pattern.search(draft.encoded(first)["example"])
+    assert found, "the column says so"
+    return {"control_tokens": int(rows.sum()), "control_example": f"{draft.place(first)}: {found[0]!r}"}
+
+
+def _unseen_tokens(train: Draft, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    seen = {number for source in train.sources for number in source.notes.own_tokens}
+    own = dict.fromkeys(train.sources[0].own_tokens)
+    return [token for token in own if tokenizer.convert_tokens_to_ids(token) not in seen]
 
 
 def _shared(digests: np.ndarray, others: np.ndarray) -> int:
@@ -122,15 +151,6 @@ def _shared(digests: np.ndarray, others: np.ndarray) -> int:
     ordered = np.sort(others)
     nearest = np.minimum(np.searchsorted(ordered, digests), len(ordered) - 1)
     return int((ordered[nearest] == digests).sum())
-
-
-def _files(draft: Draft) -> np.ndarray:
-    """For every example the number of its file, counted over all sources."""
-    starts, begin = [], 0
-    for source in draft.sources:
-        starts += [begin + first for _, first in source.starts]
-        begin += len(source)
-    return np.searchsorted(starts, draft.chosen, side="right")
 
 
 def _distribution(values: np.ndarray) -> dict[str, Any]:

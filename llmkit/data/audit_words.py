@@ -13,9 +13,21 @@ WORTH_A_LOOK = (
 MOST_WARNINGS = 5  # that a run shows; data_audit.json holds them all
 
 
-def warnings_of(splits: dict[str, dict[str, Any]], sources: list[dict[str, Any]], *, train_on: str) -> list[str]:
-    """What deserves a look, each in a sentence that begins with a count or a source."""
+def warnings_of(
+    splits: dict[str, dict[str, Any]], sources: list[dict[str, Any]], *, train_on: str, unseen_tokens: list[str]
+) -> list[str]:
+    """What deserves a look, each in a sentence: most begin with a count or a source."""
     found = []
+    for name, split in splits.items():
+        if count := split["control_tokens"]:
+            found.append(
+                f"{count:,} of {split['rows']:,} {name} rows hold a special token in their text (the first: "
+                f"{split['control_example']}), which the model is shown as the token itself: take it out of the rows, "
+                "or name it in data.special_tokens if it is meant."
+            )
+    if unseen_tokens:
+        named = ", ".join(map(repr, unseen_tokens))
+        found.append(f"data.special_tokens: in no training row, so nothing is learnt of: {named}.")
     for name, split in splits.items():
         if leaked := split.get("also_in_training", 0):
             found.append(

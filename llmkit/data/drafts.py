@@ -1,8 +1,9 @@
 """The splits in tokens, before any row is refused or dropped: what the audit looks at."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -11,9 +12,17 @@ from llmkit.config.schema import DataConfig, SourceConfig
 from llmkit.data.encoding.batches import read_example, write_example
 from llmkit.data.encoding.cache import EncodedSource, EncodingOptions, encode_source
 from llmkit.data.examples import Example
-from llmkit.data.reading.sources import split_source
+from llmkit.data.reading.sources import (
+    Source,
+    listed_tokens,
+    open_source,
+    open_training_sources,
+    split_source,
+    training_sources,
+)
 from llmkit.data.rows import EXCERPT
 from llmkit.errors import DataError
+from llmkit.model.special_tokens import read_special_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +42,11 @@ class Draft:
     def learnt(self) -> np.ndarray:
         return self.column("learnt")
 
+    @cached_property
+    def origins(self) -> np.ndarray:
+        """The number of the row that each came from: the parts of a row that was split share it."""
+        return origins(self.sources)[self.chosen]
+
     @property
     def overlong(self) -> np.ndarray:
         return self.lengths > self.max_length
@@ -50,10 +64,14 @@ class Draft:
         source, inner = self._find(index)
         return source.place(inner)
 
+    def encoded(self, index: int) -> dict[str, Any]:
+        """The columns of the chosen example `index`: its tokens and its facts."""
+        source, inner = self._find(index)
+        return source.examples[inner]
+
     def example(self, index: int) -> Example:
         """The chosen example `index` in its internal form."""
-        source, inner = self._find(index)
-        return read_example(source.examples[inner]["example"])
+        return read_example(self.encoded(index)["example"])
 
     def _find(self, index: int) -> tuple[EncodedSource, int]:
         position = int(self.chosen[index])
@@ -67,17 +85,29 @@ class Draft:
         return len(self.chosen)
 
 
+def origins(sources: list[EncodedSource]) -> np.ndarray:
+    """For every example of all sources put together the number of the row it came from."""
+    return np.cumsum(np.concatenate([source.begins_row for source in sources])) - 1
+
+
 def draft_splits(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
     preference: bool,
+    opened: list[Source] | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> list[Draft]:
-    """The splits in tokens: train, and where there are any validation and test. Raises DataError for a broken row."""
+    """The splits in tokens: train, and where there are any validation and test. Raises DataError for a broken row.
+
+    Args:
+        opened: the training sources, where they have been opened already.
+    """
+    opened = opened or open_training_sources(data, preference=preference)
     options = EncodingOptions(
         tokenizer=tokenizer,
+        own_tokens=[*read_special_tokens(data.special_tokens), *listed_tokens(opened)],
         preference=preference,
         train_on=data.train_on,
         on_overlong=data.on_overlong,
@@ -90,7 +120,8 @@ def draft_splits(
         every = np.arange(sum(len(source) for source in sources))
         return Draft(name=name, sources=sources, chosen=every if chosen is None else chosen, max_length=max_length)
 
-    sources = [encode_source(config, options, key=key) for key, config in training_sources(data)]
+    configs = [config for _, config in training_sources(data)]
+    sources = [encode_source(source, config, options) for source, config in zip(opened, configs, strict=True)]
     train = draft("train", sources)
     others = []
     if isinstance(data.validation, float | int):
@@ -104,15 +135,20 @@ def draft_splits(
         value = getattr(data, name)
         if value is not None and not isinstance(value, float | int):
             key = f"data.{name}"
-            others.append(draft(name, [encode_source(split_source(data, value, key), options, key=key)]))
+            config = split_source(data, value, key)
+            source = open_source(config, key=key, preference=preference)
+            others.append(draft(name, [encode_source(source, config, options)]))
+            setattr(data, name, _with_commit(value, config))
     return [train, *others]
 
 
-def training_sources(data: DataConfig) -> list[tuple[str, SourceConfig]]:
-    """The sources of the training rows, with the config's name for each."""
-    if data.datasets:
-        return [(f"data.datasets[{index}]", source) for index, source in enumerate(data.datasets)]
-    return [("data", data)]
+def _with_commit(value: Any, source: SourceConfig) -> Any:
+    """`value` of data.validation or data.test, and the commit that its own data set or revision was found at.
+
+    What is another split of the training rows' data set has their commit, which `data.commit` says.
+    """
+    own = isinstance(value, Mapping) and ("hub_id" in value or "revision" in value)
+    return {**value, "commit": source.commit} if own and source.commit else value
 
 
 def held_out_indices(groups: np.ndarray, share: float) -> np.ndarray:

@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from llmkit.config.schema import DataConfig
 from llmkit.data.audit import audit, training_indices
-from llmkit.data.drafts import Draft, draft_splits, problems_of
+from llmkit.data.drafts import Draft, draft_splits, origins, problems_of
 from llmkit.data.encoding.batches import read_example
 from llmkit.data.examples import Example
 from llmkit.data.packing import pack
+from llmkit.data.reading.sources import Source
 from llmkit.errors import DataError
 
 TRAINED_COLUMNS = {False: ["input_ids", "labels"], True: ["prompt_ids", "chosen_ids", "rejected_ids"]}
@@ -34,6 +35,7 @@ class Split:
     longest: int
     dropped: dict[str, int]
     end_tokens: frozenset[int]  # the tokens that answers end with
+    origins: np.ndarray  # of each row the number of what it came from: the parts of a row that was split share it
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -59,6 +61,7 @@ def prepare_data(
     max_length: int,
     context_length: int | None = None,
     preference: bool = False,
+    opened: list[Source] | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> PreparedData:
     """Read, encode or find in the cache, hold out, refuse or drop, mix and pack.
@@ -67,12 +70,15 @@ def prepare_data(
         max_length: longest row in tokens.
         context_length: the most the model takes, which advice stays below.
         preference: pairs for DPO instead of conversations.
+        opened: the training sources, where they have been opened already.
         progress: called with a source's name and its rows so far, while they are encoded; what it raises ends that.
 
     Raises:
         DataError: names file and row, or counts rows and says what would help.
     """
-    drafts = draft_splits(data, tokenizer, max_length=max_length, preference=preference, progress=progress)
+    drafts = draft_splits(
+        data, tokenizer, max_length=max_length, preference=preference, opened=opened, progress=progress
+    )
     if problems := problems_of(drafts, data, context_length=context_length):
         raise DataError(*problems)
     found = audit(drafts, tokenizer, data, problems=[])
@@ -113,5 +119,6 @@ def _split(draft: Draft, data: DataConfig, *, preference: bool) -> tuple[Split, 
         longest=int(everywhere["length"].max()),
         dropped={"overlong": int(draft.overlong.sum()), "empty": int(draft.empty.sum())},
         end_tokens=frozenset(token for source in draft.sources for token in source.notes.end_tokens),
+        origins=origins(draft.sources)[chosen],
     )
     return split, digest.hexdigest()

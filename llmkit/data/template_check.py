@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmkit.config.schema import DataConfig
 from llmkit.data.encoding.masks import STAND_IN, render
+from llmkit.data.template_date import date_variables, writes_today
 from llmkit.data.templates import split_defaults
 from llmkit.errors import did_you_mean
 
@@ -39,9 +40,7 @@ def _other_prompt(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _unused_values(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> list[str]:
-    templates: Any = tokenizer.chat_template
-    texts = list(templates.values()) if isinstance(templates, dict) else [templates]
-    words = {word for text in texts for word in re.findall(r"[A-Za-z_]\w*", split_defaults(text)[0])}
+    words = {word for text in _texts(tokenizer) for word in re.findall(r"[A-Za-z_]\w*", split_defaults(text)[0])}
     return [
         f"data.chat_template_kwargs.{name} has no effect: the chat template has no such variable."
         f"{did_you_mean(name, words)}"
@@ -51,10 +50,21 @@ def _unused_values(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> list
 
 
 def _date_of_today(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> list[str]:
-    """Llama 3's templates write the date of the day the rows are prepared, unless they are given one."""
-    if "strftime_now" not in str(tokenizer.chat_template) or "date_string" in data.chat_template_kwargs:
+    """Whether the rows are other tokens tomorrow: a date that the template lets be set has been set by now."""
+    if not any(writes_today(text) and not _has_date(text, data) for text in _texts(tokenizer)):
         return []
     return [
-        "the chat template writes today's date into every row: tomorrow the same rows are other tokens, and a run does "
-        "not go on from them. data.chat_template_kwargs={date_string: DATE} fixes it, where the template has that."
+        "the chat template writes today's date into every row and has no variable for it: tomorrow the same rows are "
+        "other tokens, and a run does not go on from them. A copy of the template with a fixed date in the place of "
+        "strftime_now(...), as data.chat_template=FILE, keeps them the same."
     ]
+
+
+def _has_date(template: str, data: DataConfig) -> bool:
+    return any(name in data.chat_template_kwargs for name in date_variables(split_defaults(template)[0]))
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Its chat templates: most tokenizers have one."""
+    templates: Any = tokenizer.chat_template
+    return list(templates.values()) if isinstance(templates, dict) else [templates]

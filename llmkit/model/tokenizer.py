@@ -10,6 +10,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from llmkit.config.init_from import adapter_directory
 from llmkit.config.schema import ModelConfig, TrainConfig
+from llmkit.data.template_date import todays_date
 from llmkit.data.templates import read_template, split_defaults, with_defaults
 from llmkit.errors import ConfigError
 from llmkit.model.source import explained, hub_arguments, model_source
@@ -51,8 +52,8 @@ def load_original_tokenizer(config: ModelConfig, *, directory: Path | None = Non
 def load_run_tokenizer(config: TrainConfig, tokens_beside_rows: Iterable[str] = ()) -> PreTrainedTokenizerBase:
     """The tokenizer a run trains with and saves, all its new tokens added.
 
-    Its template takes `data.chat_template_kwargs` by itself, wherever it is rendered from now on. The template of a
-    model that llmkit saved brings such values already: they join the run's, in place, where it sets none itself.
+    Its template takes `data.chat_template_kwargs` by itself, wherever it is rendered from now on. These are completed
+    in place: with those that the template of a model saved by llmkit brings, and with today's date where it writes one.
 
     Args:
         tokens_beside_rows: those of a tokens.json found with the data.
@@ -64,15 +65,33 @@ def load_run_tokenizer(config: TrainConfig, tokens_beside_rows: Iterable[str] = 
     beside = adapter if adapter and (adapter / "tokenizer_config.json").is_file() else None
     tokenizer = load_tokenizer(config.model, template, special_tokens=tokens, directory=beside)
     own: Any = tokenizer.chat_template
-    if isinstance(own, dict):  # several, by name
-        tokenizer.chat_template = {name: with_defaults(one, data.chat_template_kwargs) for name, one in own.items()}
-        return tokenizer
-    _, inherited = split_defaults(own)
-    if inherited and not data.chat_template_kwargs:
-        config.derived.append("data.chat_template_kwargs")
-    data.chat_template_kwargs = inherited | data.chat_template_kwargs
-    tokenizer.chat_template = with_defaults(own, data.chat_template_kwargs)
+    templates = own if isinstance(own, dict) else {"": own}  # some models have several, by name
+    _complete_values(config, list(templates.values()))
+    completed = {name: with_defaults(one, data.chat_template_kwargs) for name, one in templates.items()}
+    tokenizer.chat_template = completed if isinstance(own, dict) else completed[""]
     return tokenizer
+
+
+def _complete_values(config: TrainConfig, templates: list[str]) -> None:
+    """Add to `data.chat_template_kwargs` what the templates bring and the run does not set, in place."""
+    data = config.data
+    texts, saved = zip(*map(split_defaults, templates), strict=True)
+    found: dict[str, Any] = {}
+    for values in (*map(todays_date, texts), *saved):
+        found |= values
+    config.derived += [f"data.chat_template_kwargs.{name}" for name in found if name not in data.chat_template_kwargs]
+    data.chat_template_kwargs = found | data.chat_template_kwargs
+
+
+def may_add_tokens(config: TrainConfig, tokens_beside_rows: Iterable[str]) -> bool:
+    """Whether the tokenizer of the run may have tokens that the model does not know.
+
+    To be certain takes the model's own tokenizer, and a large one takes its time to load again.
+    """
+    template = config.data.chat_template or config.model.chat_template
+    pads_with_its_own = config.model.pad_token in ("auto", "unk", "bos", "eos")
+    added = config.data.special_tokens or list(tokens_beside_rows) or template in TEMPLATE_TOKENS
+    return bool(added or config.init_from or not pads_with_its_own)
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerBase, choice: str) -> None:

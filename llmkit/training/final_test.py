@@ -41,10 +41,12 @@ def measure_test(trainer: Any, split: Split, generator: AnswerGenerator, *, exam
     if "prompt_ids" in split.dataset.column_names:
         right = preferred(trainer, split.dataset, len(split.dataset))
         return {"preference_accuracy": asdict(share(sum(right), len(right)))}
-    figures = {"loss": ratio(*row_losses(trainer, split.dataset))}
+    sums, counts = row_losses(trainer, split.dataset)
+    figures = {"loss": ratio(by_row(sums, split.origins), by_row(counts, split.origins))}
     if asked := questions(split, examples):
         matches = [answer.matches for answer in generator.answer(asked)]
-        figures["exact_match"] = share(sum(matches), len(matches))
+        rows = len(np.unique(split.origins[:examples]))
+        figures["exact_match"] = share(sum(matches), len(matches), rows=min(rows, len(matches)))
     return {name: asdict(estimate) for name, estimate in figures.items()}
 
 
@@ -59,13 +61,24 @@ def in_words(name: str, figure: dict[str, Any]) -> str:
     return f"{name.replace('_', ' ')} {shown(figure['value'])} ({between}{rows})"
 
 
-def share(hits: int, n: int) -> Estimate:
-    """hits / n with Wilson's score interval (JASA 22, 1927, p. 209), which holds near 0 and 1 and for few rows too."""
-    value = hits / n
+def by_row(values: np.ndarray, origins: np.ndarray) -> np.ndarray:
+    """`values` of examples summed up over those of one row: rows are drawn, their parts (on_overlong=split) are not."""
+    _, row = np.unique(origins, return_inverse=True)
+    return np.bincount(row, weights=values)
+
+
+def share(hits: int, asked: int, *, rows: int | None = None) -> Estimate:
+    """hits / asked with Wilson's score interval (JASA 22, 1927, p. 209), which holds near 0 and 1 and for few rows too.
+
+    Args:
+        rows: where some rows are asked more than one question, how many rows there are. The interval is that of so many
+            draws, as if the answers to one row were all alike: it may be too wide, never too narrow.
+    """
+    value, n = hits / asked, rows or asked
     middle = (value + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z * math.sqrt(value * (1 - value) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
     # At the ends the bounds are 0 and 1 but for rounding.
-    low, high = (0.0 if hits == 0 else middle - half), (1.0 if hits == n else middle + half)
+    low, high = (0.0 if hits == 0 else middle - half), (1.0 if hits == asked else middle + half)
     return Estimate(value=value, low=low, high=high, n=n)
 
 

@@ -42,10 +42,12 @@ def test_all_keys_are_there_and_all_of_it_is_json(look, chats_file):
     found = look(DataConfig(path=str(chats_file(*TEN)), validation=0.3, packing="bfd"))
 
     assert json.loads(json.dumps(found)) == found
-    assert list(found) == ["max_length", "preference", "splits", "packing", "sources", "problems", "warnings"]
+    whole = ["max_length", "preference", "splits", "packing", "sources", "unseen_tokens", "problems", "warnings"]
+    assert list(found) == whole
     common = {"rows", "used", "tokens", "supervised_tokens", "overlong", "empty", "dropped", "duplicates", "longest"}
-    assert set(found["splits"]["train"]) == {*common, "length", "supervised"}
-    assert set(found["splits"]["validation"]) == {*common, "length", "supervised", "also_in_training"}
+    common |= {"control_tokens", "control_example", "length", "supervised"}
+    assert set(found["splits"]["train"]) == common
+    assert set(found["splits"]["validation"]) == {*common, "also_in_training"}
     (source,) = found["sources"]
     assert set(source) == {
         *("name", "format", "used_for", "rows", "examples", "used", "truncated", "split"),
@@ -79,6 +81,52 @@ def test_a_histogram_counts_every_row_once(values):
     assert sum(counts) == len(values)
     assert len(counts) <= 20
     assert (found["min"], found["max"]) == (min(values), max(values))
+
+
+def test_a_special_token_that_somebody_typed_is_counted_and_told_with_its_place(look, chats_file):
+    typed = chat("what does <|end|> mean?", "It ends a turn.")
+    path = chats_file(*TEN, typed, typed)
+    found = look(DataConfig(path=str(path), validation=None))
+
+    train = found["splits"]["train"]
+    assert (train["control_tokens"], train["control_example"]) == (2, f"{path}, row 11: '<|end|>'")
+    (warning,) = [one for one in found["warnings"] if "special token" in one]
+    assert warning.startswith(f"2 of 12 train rows hold a special token in their text (the first: {path}, row 11:")
+
+
+def test_special_tokens_that_are_meant_to_be_there_are_no_fault(look, chats_file, tiny_tokenizer):
+    typed = chat("what does <|end|> mean?", "<MOOD> It ends a turn.")
+    path = chats_file(*TEN, typed)
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(["<MOOD>"], special_tokens=True)
+    found = look(DataConfig(path=str(path), validation=None, special_tokens=["<MOOD>", "<|end|>"]), tokenizer=tokenizer)
+
+    assert found["splits"]["train"]["control_tokens"] == 0
+    assert found["unseen_tokens"] == []
+
+
+def test_the_control_tokens_of_a_plain_text_are_its_own(look, chats_file):
+    path = chats_file({"text": "<|user|>hi<|end|>"}, {"text": "another text"})
+
+    assert look(DataConfig(path=str(path), validation=None))["splits"]["train"]["control_tokens"] == 0
+
+
+def test_a_special_token_in_one_answer_of_a_pair_is_counted(look, chats_file):
+    pairs = [{"prompt": f"{n}?", "chosen": "yes", "rejected": "no<|end|>" if n else "no"} for n in range(3)]
+    found = look(DataConfig(path=str(chats_file(*pairs)), validation=None), preference=True)
+
+    assert found["splits"]["train"]["control_tokens"] == 2
+
+
+def test_new_tokens_that_are_in_no_row_are_told(look, chats_file, tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(["<MOOD>", "<TONE>"], special_tokens=True)
+    path = chats_file(*TEN, chat("hi", "<MOOD> hello"))
+    data = DataConfig(path=str(path), validation=None, special_tokens=["<MOOD>", "<TONE>"])
+    for _ in range(2):  # encoded, and found in the cache
+        found = look(data, tokenizer=tokenizer)
+        assert found["unseen_tokens"] == ["<TONE>"]
+        assert "data.special_tokens: in no training row, so nothing is learnt of: '<TONE>'." in found["warnings"]
 
 
 def test_a_row_that_comes_again_is_a_duplicate_and_the_parts_of_one_row_are_none(look, chats_file):

@@ -5,26 +5,10 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from one_row import QUESTION, SYSTEM, one, refusal
 
-from llmkit.data.formats.table import convert
-from llmkit.data.rows import Row
-from llmkit.errors import DataError
-
-QUESTION = {"role": "user", "content": "1+1?"}
 ANSWER = {"role": "assistant", "content": "2"}
-SYSTEM = {"role": "system", "content": "Be brief."}
 SUM = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
-
-
-def one(layout, row):
-    (example,) = convert([Row(row, "chats.jsonl", 1)], layout, {}, preference=False)
-    return example
-
-
-def refusal(layout, row) -> str:
-    with pytest.raises(DataError) as error:
-        one(layout, row)
-    return str(error.value)
 
 
 @pytest.mark.parametrize(

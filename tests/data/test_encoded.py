@@ -14,8 +14,9 @@ import pytest
 
 from llmkit.config.schema import DataConfig, SourceConfig
 from llmkit.data.encoding import cache as encoded
-from llmkit.data.encoding.cache import EncodingOptions, encode_source
+from llmkit.data.encoding.cache import EncodedSource, EncodingOptions, encode_source
 from llmkit.data.prepare import prepare_data
+from llmkit.data.reading.sources import open_source
 
 CHATS = [{"question": f"question {n}", "answer": f"answer {n}"} for n in range(8)]
 
@@ -32,15 +33,19 @@ def entries(cache: Path) -> set[str]:
 
 def options(tokenizer, **changes) -> EncodingOptions:
     given = {"preference": False, "train_on": "assistant", "on_overlong": "error", "max_length": 64, "num_proc": 1}
-    return EncodingOptions(tokenizer=tokenizer, **{**given, **changes})
+    return EncodingOptions(tokenizer=tokenizer, **{"own_tokens": [], **given, **changes})
+
+
+def encode(config: SourceConfig, options: EncodingOptions) -> EncodedSource:
+    return encode_source(open_source(config), config, options)
 
 
 def test_a_file_that_is_touched_copied_or_renamed_is_found_again(chats_file, tiny_tokenizer, cache):
     file = chats_file(*CHATS)
-    first = encode_source(SourceConfig(path=str(file)), options(tiny_tokenizer), key="data")
+    first = encode(SourceConfig(path=str(file)), options(tiny_tokenizer))
     os.utime(file, (1, 1))
     renamed = file.rename(file.with_name("other.jsonl"))
-    again = encode_source(SourceConfig(path=str(renamed)), options(tiny_tokenizer), key="data")
+    again = encode(SourceConfig(path=str(renamed)), options(tiny_tokenizer))
 
     assert len(entries(cache)) == 1
     assert again.digest == first.digest
@@ -49,20 +54,20 @@ def test_a_file_that_is_touched_copied_or_renamed_is_found_again(chats_file, tin
 
 def test_the_place_of_a_row_names_the_file_of_today(chats_file, tiny_tokenizer, cache):
     file = chats_file(*CHATS)
-    encode_source(SourceConfig(path=str(file)), options(tiny_tokenizer), key="data")
+    encode(SourceConfig(path=str(file)), options(tiny_tokenizer))
     renamed = file.rename(file.with_name("other.jsonl"))
 
-    again = encode_source(SourceConfig(path=str(renamed)), options(tiny_tokenizer), key="data")
+    again = encode(SourceConfig(path=str(renamed)), options(tiny_tokenizer))
     assert again.place(3) == f"{renamed}, row 4"
 
 
 def test_one_changed_character_of_the_same_size_and_time_is_encoded_anew(chats_file, tiny_tokenizer, cache):
     file = chats_file(*CHATS)
     os.utime(file, (1, 1))
-    first = encode_source(SourceConfig(path=str(file)), options(tiny_tokenizer), key="data")
+    first = encode(SourceConfig(path=str(file)), options(tiny_tokenizer))
     file.write_text(file.read_text().replace("answer 7", "answer 8"))
     os.utime(file, (1, 1))
-    second = encode_source(SourceConfig(path=str(file)), options(tiny_tokenizer), key="data")
+    second = encode(SourceConfig(path=str(file)), options(tiny_tokenizer))
 
     assert len(entries(cache)) == 2
     assert second.digest != first.digest
@@ -78,43 +83,43 @@ def test_one_changed_character_of_the_same_size_and_time_is_encoded_anew(chats_f
 )
 def test_what_changes_the_tokens_is_encoded_anew(chats_file, tiny_tokenizer, cache, changes):
     source = SourceConfig(path=str(chats_file(*CHATS)))
-    encode_source(source, options(tiny_tokenizer), key="data")
-    encode_source(source, options(tiny_tokenizer, **changes), key="data")
+    encode(source, options(tiny_tokenizer))
+    encode(source, options(tiny_tokenizer, **changes))
     assert len(entries(cache)) == 2
 
 
 def test_what_only_decides_which_rows_stay_is_not(chats_file, tiny_tokenizer, cache):
     source = SourceConfig(path=str(chats_file(*CHATS)))
-    encode_source(source, options(tiny_tokenizer), key="data")
-    encode_source(source, options(tiny_tokenizer, on_overlong="drop", max_length=20, num_proc=2), key="data")
+    encode(source, options(tiny_tokenizer))
+    encode(source, options(tiny_tokenizer, on_overlong="drop", max_length=20, num_proc=2))
     assert len(entries(cache)) == 1
 
 
 def test_another_template_or_token_is_encoded_anew(chats_file, tiny_tokenizer, cache):
     source = SourceConfig(path=str(chats_file(*CHATS)))
-    encode_source(source, options(tiny_tokenizer), key="data")
+    encode(source, options(tiny_tokenizer))
     other = copy.deepcopy(tiny_tokenizer)
     other.chat_template = "{# other #}" + other.chat_template
-    encode_source(source, options(other), key="data")
+    encode(source, options(other))
     other = copy.deepcopy(tiny_tokenizer)
     other.add_tokens(["question"])
-    encode_source(source, options(other), key="data")
+    encode(source, options(other))
     assert len(entries(cache)) == 3
 
 
 def test_other_code_is_encoded_anew(chats_file, tiny_tokenizer, cache, monkeypatch):
     source = SourceConfig(path=str(chats_file(*CHATS)))
-    encode_source(source, options(tiny_tokenizer), key="data")
+    encode(source, options(tiny_tokenizer))
     monkeypatch.setattr(encoded, "_code_version", lambda: "another")
-    encode_source(source, options(tiny_tokenizer), key="data")
+    encode(source, options(tiny_tokenizer))
     assert len(entries(cache)) == 2
 
 
 def test_a_found_source_reads_and_encodes_nothing(chats_file, tiny_tokenizer, cache, monkeypatch):
     source = SourceConfig(path=str(chats_file(*CHATS)))
-    first = encode_source(source, options(tiny_tokenizer), key="data")
+    first = encode(source, options(tiny_tokenizer))
     monkeypatch.setattr(encoded, "encode_blocks", None)
-    assert encode_source(source, options(tiny_tokenizer), key="data").digest == first.digest
+    assert encode(source, options(tiny_tokenizer)).digest == first.digest
 
 
 def prepare_in_process(path: str, results) -> None:
@@ -165,7 +170,7 @@ prepare_data(DataConfig(path={str(file)!r}, num_proc=2), tokenizer, max_length=4
         time.sleep(0.05)
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     assert not [name for name in entries(cache) if not name.startswith(".")]
-    whole = encode_source(SourceConfig(path=str(file)), options(tiny_tokenizer, num_proc=2), key="data")
+    whole = encode(SourceConfig(path=str(file)), options(tiny_tokenizer, num_proc=2))
     assert len(whole) == 20_000
     assert len(entries(cache)) == 1
 
@@ -177,7 +182,7 @@ def test_a_process_that_prepares_and_is_killed_is_explained(chats_file, tiny_tok
     file = chats_file(*({"question": f"question {n}", "answer": "a"} for n in range(3000)))
     monkeypatch.setattr(workers, "_encode", _die)
     with pytest.raises(DataError, match=r"was killed, probably for its memory; data\.num_proc=1"):
-        encode_source(SourceConfig(path=str(file)), options(tiny_tokenizer, num_proc=2), key="data")
+        encode(SourceConfig(path=str(file)), options(tiny_tokenizer, num_proc=2))
     assert entries(cache) == set()
 
 
@@ -192,5 +197,5 @@ def test_a_broken_row_in_a_later_block_is_named_from_another_process(chats_file,
     rows[2345]["answer"] = 7
     file = chats_file(*rows)
     with pytest.raises(DataError, match="row 2346"):
-        encode_source(SourceConfig(path=str(file)), options(tiny_tokenizer, num_proc=2), key="data")
+        encode(SourceConfig(path=str(file)), options(tiny_tokenizer, num_proc=2))
     assert json.loads(json.dumps(sorted(entries(cache)))) == []

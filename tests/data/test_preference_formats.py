@@ -3,14 +3,10 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from one_row import QUESTION, SYSTEM, one, refusal
 
 from llmkit.data.examples import Preference
-from llmkit.data.formats.table import convert
-from llmkit.data.rows import Row
-from llmkit.errors import DataError
 
-SYSTEM = {"role": "system", "content": "Be brief."}
-QUESTION = {"role": "user", "content": "1+1?"}
 GOOD = {"role": "assistant", "content": "2"}
 BAD = {"role": "assistant", "content": "3"}
 TOOLS = [{"type": "function", "function": {"name": "add"}}]
@@ -19,17 +15,6 @@ TOOLS = [{"type": "function", "function": {"name": "add"}}]
 def shared(turn):
     names = {"user": "human", "assistant": "gpt", "system": "system"}
     return {"from": names[turn["role"]], "value": turn["content"]}
-
-
-def one(layout, row):
-    (example,) = convert([Row(row, "pairs.jsonl", 1)], layout, {}, preference=True)
-    return example
-
-
-def refusal(layout, row) -> str:
-    with pytest.raises(DataError) as error:
-        one(layout, row)
-    return str(error.value)
 
 
 @pytest.mark.parametrize(

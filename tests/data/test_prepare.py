@@ -284,6 +284,28 @@ def test_long_plain_text_is_split_at_the_length(tiny_tokenizer):
     assert all(len(part.ids) == 16 for part in parts[:-1])
 
 
+def test_the_last_part_of_a_plain_text_is_never_a_token_that_nothing_predicts(tiny_tokenizer):
+    text = Conversation(messages=[], text="word " * 50)
+    (whole,), _ = encode(tiny_tokenizer, text)
+    for max_length in range(8, len(whole.ids) + 1):
+        parts, _ = encode(tiny_tokenizer, text, on_overlong="split", max_length=max_length)
+        assert [token for part in parts for token in part.ids] == whole.ids
+        assert [part.learnt for part in parts] == [len(part.ids) - 1 for part in parts]
+        assert all(1 < len(part.ids) <= max_length for part in parts)
+
+
+def test_the_parts_of_a_row_share_its_number_and_equal_rows_of_two_files_do_not(chats_file, tiny_tokenizer):
+    long = [message for n in range(6) for message in chat(f"question {n}", f"answer {n}")]
+    for name in ("a.jsonl", "b.jsonl"):
+        file = chats_file({"messages": long}, {"messages": chat("hi", "ho")}, name=name)
+    data = DataConfig(path=str(file.with_name("*.jsonl")), validation=None, on_overlong="split")
+    train = prepare_data(data, tiny_tokenizer, max_length=40).train
+
+    parts = [sum("question" in row for row in train.rows["example"]) // 2, 1]
+    assert parts[0] > 1
+    assert train.origins.tolist() == np.repeat([0, 1, 2, 3], parts * 2).tolist()
+
+
 def test_rows_over_the_length_are_counted_and_what_would_help_is_said(prepare):
     with pytest.raises(DataError) as error:
         prepare(chat("hi", "ho"), chat("hi", "x" * 50), chat("hi", "x" * 90), max_length=20)
@@ -514,7 +536,7 @@ def test_learning_all_keeps_parts_without_an_answer(tiny_tokenizer):
     parts, _ = encode(tiny_tokenizer, messages, train_on="all", on_overlong="split", max_length=len(whole.ids) // 2 + 8)
 
     assert "more more" in "".join(tiny_tokenizer.decode(part.ids) for part in parts)
-    assert all(part.learnt == len(part.ids) for part in parts)
+    assert all(part.learnt == len(part.ids) - 1 for part in parts)  # nothing predicts the first token
 
 
 def test_answers_lost_with_the_beginning_of_a_row_are_counted(tiny_tokenizer):

@@ -50,3 +50,19 @@ def test_templates_in_use_ask_as_they_teach(warned, name):
 
     folder = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
     assert warned((folder / f"{name}.jinja").read_text(encoding="utf-8")) == []
+
+
+def test_a_date_of_today_that_no_variable_sets_is_warned_of(warned):
+    template = TURNS + "{{ strftime_now('%Y') }}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+
+    assert any("writes today's date into every row" in warning for warning in warned(template))
+
+
+def test_a_date_that_is_set_is_fine(warned):
+    template = (
+        "{{ date_string if date_string is defined else strftime_now('%Y') }}"
+        + TURNS
+        + "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+
+    assert warned(template, date_string="2020") == []

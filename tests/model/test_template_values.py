@@ -1,9 +1,12 @@
 """`data.chat_template_kwargs`: the template takes them by itself, in training and for whoever loads the model later."""
 
+import importlib.util
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
+from llmkit.config import adopt_findings, differences, load, save
 from llmkit.config.schema import DataConfig, ModelConfig, TrainConfig
 from llmkit.model.tokenizer import load_run_tokenizer
 
@@ -73,3 +76,89 @@ def test_the_values_reach_the_tokens_that_are_trained_on(tokenizer_of, chats_fil
         row = prepare_data(data, tokenizer, max_length=64).train.dataset[0]
         decoded.append(tokenizer.decode(row["input_ids"]))
     assert decoded == ["<|user|>why<|end|><|assistant|>SO<|end|>", "<|user|>WHY<|end|><|assistant|>SO<|end|>"]
+
+
+@pytest.fixture
+def dated(tiny_model_dir):
+    """A function: the config of a run on Llama 3.2's template, or another of TRL's, and its tokenizer."""
+    folder = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
+
+    def make(name: str = "llama3_2", **values):
+        config = TrainConfig(
+            model=ModelConfig(name="custom", path=str(tiny_model_dir)),
+            data=DataConfig(path="demo", chat_template=str(folder / f"{name}.jinja"), chat_template_kwargs=values),
+        )
+        return config, lambda: load_run_tokenizer(config)
+
+    return make
+
+
+def test_todays_date_is_kept_for_the_run_in_the_templates_own_way(dated):
+    config, tokenizer = dated()
+    before = datetime.now()
+    text = tokenizer().apply_chat_template(CHAT, tokenize=False)
+
+    date = config.data.chat_template_kwargs["date_string"]
+    assert date in {day.strftime("%d %b %Y") for day in (before, datetime.now())}
+    assert f"Today Date: {date}" in text
+    assert config.derived == ["data.chat_template_kwargs.date_string"]
+
+
+def test_who_goes_on_another_day_has_the_date_of_the_first(dated, tmp_path):
+    earlier, tokenizer = dated(shout=True)
+    tokenizer()
+    earlier.data.chat_template_kwargs["date_string"] = "01 Jan 2020"
+    save(earlier, tmp_path)
+    command, tokenizer = dated(shout=True)
+    assert differences(load(tmp_path), command) == []
+
+    adopt_findings(command, load(tmp_path))
+
+    assert "Today Date: 01 Jan 2020" in tokenizer().apply_chat_template(CHAT, tokenize=False)
+    assert command.data.chat_template_kwargs == {"shout": True, "date_string": "01 Jan 2020"}
+    assert command.derived == ["data.chat_template_kwargs.date_string"]
+
+
+def test_a_repeated_run_has_the_date_of_the_first(dated, compose, tmp_path):
+    earlier, tokenizer = dated()
+    tokenizer()
+    earlier.data.chat_template_kwargs["date_string"] = "01 Jan 2020"
+    save(earlier, tmp_path)
+
+    assert compose(tmp_path / "config.yaml").data.chat_template_kwargs == {"date_string": "01 Jan 2020"}
+
+
+def test_a_given_date_stays(dated):
+    config, tokenizer = dated(date_string="02 Feb 2002")
+
+    assert "Today Date: 02 Feb 2002" in tokenizer().apply_chat_template(CHAT, tokenize=False)
+    assert config.derived == []
+
+
+def test_another_date_than_the_runs_is_another_config(dated, tmp_path):
+    earlier, tokenizer = dated()
+    tokenizer()
+    (line,) = differences(earlier, dated(date_string="02 Feb 2002")[0])
+
+    assert line.startswith("data.chat_template_kwargs: ")
+
+
+@pytest.mark.parametrize("name", ["llama3_1", "gptoss", "qwen3"])
+def test_templates_that_take_no_date_of_today_get_none(dated, name):
+    config, tokenizer = dated(name)
+    tokenizer()
+
+    assert config.data.chat_template_kwargs == {}
+
+
+def test_the_date_of_the_run_is_saved_with_its_model_and_kept_by_a_run_that_starts_from_it(dated, tmp_path):
+    config, tokenizer = dated()
+    config.data.chat_template_kwargs = {"date_string": "01 Jan 2020"}
+    tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    again = TrainConfig(
+        model=ModelConfig(name="custom", path=str(tmp_path)), data=DataConfig(chat_template="keep-original")
+    )
+
+    assert "Today Date: 01 Jan 2020" in load_run_tokenizer(again).apply_chat_template(CHAT, tokenize=False)
+    assert again.data.chat_template_kwargs == {"date_string": "01 Jan 2020"}

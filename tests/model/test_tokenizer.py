@@ -203,3 +203,29 @@ def test_values_that_a_template_was_saved_with_join_the_config_and_its_own_win(t
 def test_a_name_that_no_template_can_take_is_refused_before_training(load):
     with pytest.raises(ConfigError, match=r"data\.chat_template_kwargs\.messages: not a variable"):
         load(chat_template_kwargs={"messages": []})
+
+
+@pytest.mark.parametrize(
+    ("beside", "model", "data"),
+    [
+        ([], {}, {}),
+        ([], {"pad_token": "eos"}, {}),
+        ([], {}, {"chat_template": "plain"}),
+        (["<MOOD>"], {}, {}),
+        ([], {}, {"special_tokens": ["<MOOD>"]}),
+        ([], {}, {"chat_template": "chat-ml"}),
+        ([], {"pad_token": "<|fill|>"}, {}),
+    ],
+    ids=str,
+)
+def test_a_run_without_new_tokens_need_not_ask_the_models_own_tokenizer(tiny_model_dir, beside, model, data):
+    from llmkit.config.schema import DataConfig, TrainConfig
+    from llmkit.model.special_tokens import new_tokens
+    from llmkit.model.tokenizer import load_original_tokenizer, load_run_tokenizer, may_add_tokens
+
+    config = TrainConfig(
+        model=ModelConfig(name="mine", path=str(tiny_model_dir), **model), data=DataConfig(path="demo", **data)
+    )
+    new = new_tokens(load_run_tokenizer(config, beside), load_original_tokenizer(config.model))
+
+    assert may_add_tokens(config, beside) == bool(new)

@@ -8,7 +8,7 @@ import torch
 from recipe_trainers import make_trainer, random_pairs, random_rows
 
 from llmkit.data.examples import Conversation
-from llmkit.training.final_test import Estimate, in_words, measure_test, ratio, row_losses, share
+from llmkit.training.final_test import Estimate, by_row, in_words, measure_test, ratio, row_losses, share
 from llmkit.training.generation import Answer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # upstream's deprecations inside real training runs
@@ -22,8 +22,9 @@ class TestRows:
 
     __test__ = False
 
-    def __init__(self, dataset):
+    def __init__(self, dataset, origins=None):
         self.dataset = dataset
+        self.origins = np.arange(len(dataset)) if origins is None else np.array(origins)
 
     def examples(self, count):
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
@@ -64,6 +65,26 @@ def test_each_row_has_its_own_loss_and_learnt_tokens(compose, tmp_path, changes)
         with torch.no_grad():
             loss = trainer.model(input_ids=ids, labels=labels).loss
         assert total == pytest.approx(float(loss) * count, rel=1e-5)
+
+
+def test_the_parts_of_one_row_are_one_draw(compose, tmp_path):
+    rows = random_rows(LENGTHS)
+    trainer = make_trainer(compose(*WORDS), tmp_path / "run", rows)
+
+    apart = measure_test(trainer, TestRows(rows), Answers(), examples=7)
+    together = measure_test(trainer, TestRows(rows, origins=[0, 0, 0, 1, 2, 2, 3]), Answers(), examples=7)
+
+    assert together["loss"]["value"] == pytest.approx(apart["loss"]["value"])
+    assert (apart["loss"]["n"], together["loss"]["n"]) == (7, 4)
+    assert together["exact_match"]["value"] == apart["exact_match"]["value"]
+    assert together["exact_match"]["high"] > apart["exact_match"]["high"]
+
+
+def test_a_row_counts_once_however_often_it_is_split():
+    sums, counts = np.array([4.0, 2.0, 9.0, 5.0]), np.array([2, 1, 3, 4])
+    halves, origins = np.repeat(sums / 2, 2), np.repeat(np.arange(4), 2)
+
+    assert ratio(by_row(halves, origins), by_row(np.repeat(counts / 2, 2), origins)) == ratio(sums, counts)
 
 
 def test_exact_match_is_asked_of_the_first_rows_only(compose, tmp_path):

@@ -16,10 +16,9 @@ IGNORED = -100  # the label that PyTorch's cross entropy skips
 
 _TOKENS = pa.list_(pa.int32())
 # Beside its tokens: all tokens, those learnt (0: nothing worth learning), a hash of the content, a hash of
-# what must stay on one side of a split, the row, the content.
+# what must stay on one side of a split, the row, whether its text holds a special token, the content.
 _FACTS = [("length", pa.int32()), ("learnt", pa.int32()), ("digest", pa.uint64()), ("group", pa.uint64())]
-_FACTS += [("row", pa.int64())]
-_FACTS += [("example", pa.string())]
+_FACTS += [("row", pa.int64()), ("control", pa.bool_()), ("example", pa.string())]
 CONVERSATIONS = pa.schema([("input_ids", _TOKENS), ("labels", _TOKENS), *_FACTS])
 PREFERENCES = pa.schema([("prompt_ids", _TOKENS), ("chosen_ids", _TOKENS), ("rejected_ids", _TOKENS), *_FACTS])
 
@@ -29,6 +28,7 @@ class Notes:
     """What was seen on the way, to be counted over all blocks."""
 
     end_tokens: Counter[int] = field(default_factory=Counter)  # the last tokens of answers
+    own_tokens: Counter[int] = field(default_factory=Counter)  # of the tokens that the run adds, those in the rows
     unknown: int = 0  # unknown tokens
     truncated: int = 0  # rows shortened from the front
     answers_lost: int = 0  # answers to learn that shortened rows had
@@ -48,7 +48,8 @@ class Notes:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Notes":
         """The counts from what `to_json` gave, once it has been JSON."""
-        return cls(**values | {"end_tokens": Counter({int(k): v for k, v in values["end_tokens"].items()})})
+        counters = ("end_tokens", "own_tokens")
+        return cls(**values | {name: Counter({int(k): v for k, v in values[name].items()}) for name in counters})
 
 
 class EncodedBlock(NamedTuple):
@@ -71,8 +72,12 @@ class Encoded(NamedTuple):
     example: str
 
 
-def record_batch(encoded: list[Encoded], schema: pa.Schema) -> pa.RecordBatch:
-    """The examples as a record batch of CONVERSATIONS or PREFERENCES."""
+def record_batch(encoded: list[Encoded], schema: pa.Schema, *, control: list[bool]) -> pa.RecordBatch:
+    """The examples as a record batch of CONVERSATIONS or PREFERENCES.
+
+    Args:
+        control: of each whether its text holds a special token.
+    """
     arrays: list[Any] = [_lists([one.ids[i] for one in encoded]) for i in range(len(schema) - len(_FACTS))]
     if schema is PREFERENCES:
         lengths = [len(one.ids[0]) + max(len(one.ids[1]), len(one.ids[2])) for one in encoded]
@@ -84,6 +89,7 @@ def record_batch(encoded: list[Encoded], schema: pa.Schema) -> pa.RecordBatch:
         [one.digest for one in encoded],
         [one.group for one in encoded],
         [one.row.number for one in encoded],
+        control,
         [one.example for one in encoded],
     ]
     arrays += [pa.array(values, kind) for values, (_, kind) in zip(facts, _FACTS, strict=True)]

@@ -19,7 +19,7 @@ from llmkit.data.encoding.batches import Notes
 from llmkit.data.encoding.encoder import Encoder
 from llmkit.data.encoding.workers import encode_blocks
 from llmkit.data.formats.table import check_format, detect_format
-from llmkit.data.reading.sources import Source, open_source
+from llmkit.data.reading.sources import Source
 from llmkit.errors import DataError
 from llmkit.storage import build_once, cache_dir
 
@@ -37,14 +37,23 @@ class EncodedSource:
     starts: list[tuple[int, int]]  # (part, its first example) of those that have any
     digest: str  # of all ids and labels
     notes: Notes
+    own_tokens: list[str]  # that the run adds
     examples: datasets.Dataset
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def column(self, name: str) -> np.ndarray:
-        """A column of numbers: `length`, `learnt` (tokens), `digest`, `group`, `row`."""
+        """A column of numbers: `length`, `learnt` (tokens), `digest`, `group`, `row`; or `control`, true and false."""
         return self.examples.data.column(name).to_numpy()
+
+    @property
+    def begins_row(self) -> np.ndarray:
+        """Of each example whether it is the first of its row, as most are; the parts of a row follow each other."""
+        row = self.column("row")
+        begins = np.append(True, row[1:] != row[:-1])
+        begins[[first for _, first in self.starts]] = True
+        return begins
 
     def place(self, index: int) -> str:
         """`FILE, row N` of an example."""
@@ -57,6 +66,7 @@ class EncodingOptions:
     """What, beside the rows, decides how they are encoded."""
 
     tokenizer: PreTrainedTokenizerBase
+    own_tokens: list[str]  # of data.special_tokens and beside the rows: meant to be in their text
     preference: bool
     train_on: str
     on_overlong: str
@@ -72,22 +82,19 @@ class EncodingOptions:
             self.tokenizer.backend_tokenizer.to_str(),
             json.dumps(self.tokenizer.special_tokens_map, default=str),
             json.dumps(self.tokenizer.chat_template),
+            json.dumps(self.own_tokens),
             f"{self.preference} {self.train_on} {(self.on_overlong, self.max_length) if changes_rows else None}",
             _code_version(),
         ]
         return blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
-def encode_source(config: SourceConfig, options: EncodingOptions, *, key: str) -> EncodedSource:
-    """The source in tokens, from the cache where nothing has changed.
+def encode_source(source: Source, config: SourceConfig, options: EncodingOptions) -> EncodedSource:
+    """The source in tokens, from the cache where nothing has changed. Raises DataError that names file and row.
 
     Args:
-        key: the config's name for the source, for messages.
-
-    Raises:
-        DataError: names file and row.
+        config: what `source` was opened from.
     """
-    source = open_source(config, key=key, preference=options.preference)
     choices = [config.format, sorted(config.columns.items()), config.limit]
     identity = json.dumps([source.fingerprint(), options.key, choices])
     target = cache_dir() / "data" / blake2b(identity.encode(), digest_size=16).hexdigest()
@@ -96,7 +103,14 @@ def encode_source(config: SourceConfig, options: EncodingOptions, *, key: str) -
     notes = Notes.from_json(facts.pop("notes"))
     # Opened by path, not by load_dataset, which would look for a builder and copy.
     examples = datasets.Dataset.from_file(str(target / ROWS))
-    return EncodedSource(name=source.name, parts=source.parts, notes=notes, examples=examples, **facts)
+    return EncodedSource(
+        name=source.name,
+        parts=source.parts,
+        notes=notes,
+        own_tokens=options.own_tokens,
+        examples=examples,
+        **facts,
+    )
 
 
 def _encode(source: Source, config: SourceConfig, options: EncodingOptions, directory: Path) -> None:
@@ -112,6 +126,7 @@ def _encode(source: Source, config: SourceConfig, options: EncodingOptions, dire
         check_format(first_rows[0], layout, config.columns, preference=options.preference)
     encoder = Encoder(
         tokenizer=options.tokenizer,
+        own_tokens=options.own_tokens,
         layout=layout,
         columns=dict(config.columns),
         preference=options.preference,

@@ -1,6 +1,7 @@
 """Conversations -> token ids and labels: what is learnt, and how what is too long is made to fit."""
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -41,12 +42,13 @@ class ConversationEncoder:
             notes.reasoning_lost += _loses_reasoning(item, text)
             if item.conversation.text is not None and self.on_overlong == "split" and len(ids) > self.max_length:
                 notes.split += 1
-                for start in range(0, len(ids), self.max_length):
-                    part = ids[start : start + self.max_length]
-                    example = _text_part(item.conversation, text, tokens, start, start + len(part))
-                    encoded.append(Encoded(item.row, (part, part), len(part), item.digest, item.digest, example))
+                for start, end in pairwise(_text_cuts(len(ids), self.max_length)):
+                    part = ids[start:end]
+                    example = _text_part(item.conversation, text, tokens, start, end)
+                    encoded.append(Encoded(item.row, (part, part), len(part) - 1, item.digest, item.digest, example))
             else:
-                learnt = int((labels != IGNORED).sum()) if self._says_something(item) else 0
+                # Nothing predicts the first token.
+                learnt = int((labels[1:] != IGNORED).sum()) if self._says_something(item) else 0
                 encoded.append(Encoded(item.row, (ids, labels), learnt, item.digest, item.digest, item.example))
         return encoded
 
@@ -194,6 +196,14 @@ def _loses_reasoning(item: _Item, text: str) -> bool:
         return False
     words = (item.conversation.messages[item.wanted[-1]].get("reasoning_content") or "").split()
     return bool(words) and words[-1] not in text
+
+
+def _text_cuts(length: int, longest: int) -> list[int]:
+    """Where parts of a text of `length` tokens begin and end. The last has two tokens at least: one teaches nothing."""
+    cuts = [*range(0, length, longest), length]
+    if cuts[-1] - cuts[-2] == 1:
+        cuts[-2] -= 1
+    return cuts
 
 
 def _text_part(whole: Conversation, text: str, tokens: Encoding, first: int, behind: int) -> str:

@@ -1,13 +1,16 @@
 """Blocks of raw rows -> record batches of tokens. Runs in worker processes, a block at a time."""
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from llmkit.data.encoding.batches import CONVERSATIONS, PREFERENCES, EncodedBlock, Notes, record_batch
+from llmkit.data.encoding.batches import CONVERSATIONS, PREFERENCES, Encoded, EncodedBlock, Notes, record_batch
 from llmkit.data.encoding.chat_text import ChatText
+from llmkit.data.encoding.control_tokens import control_tokens
 from llmkit.data.encoding.conversations import ConversationEncoder
 from llmkit.data.encoding.preferences import PreferenceEncoder
 from llmkit.data.examples import Conversation, Preference
@@ -20,11 +23,13 @@ class Encoder:
     """Turns blocks into tokens, masked and, where `on_overlong` says so, made to fit.
 
     Args:
+        own_tokens: the special tokens that the rows are meant to hold.
         layout: a format's name, not `auto`.
         max_length: longest example in tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase
+    own_tokens: list[str]
     layout: str
     columns: dict[str, str]
     preference: bool
@@ -47,13 +52,23 @@ class Encoder:
         else:
             conversations = [example for example in examples if isinstance(example, Conversation)]
             encoded = self._conversations.encode(rows, conversations, notes)
+        self._count_tokens(encoded, notes)
+        # Plain text has no template around it: what stands there is meant.
+        pattern = control_tokens(self.tokenizer, self.own_tokens) if self.layout != "text" else None
+        control = [pattern is not None and pattern.search(one.example) is not None for one in encoded]
+        return EncodedBlock(block.source, len(rows), record_batch(encoded, self.schema, control=control), notes)
+
+    def _count_tokens(self, encoded: list[Encoded], notes: Notes) -> None:
+        """The unknown tokens, and the run's own."""
+        parts = slice(None) if self.preference else slice(1)  # labels repeat the ids
+        ids = np.concatenate([np.empty(0, np.int32), *(ids for one in encoded for ids in one.ids[parts])])
         own = self.tokenizer
-        unknown = own.unk_token_id
         # Where the unknown token is another's too (GPT-2), it says nothing.
-        if unknown is not None and unknown not in (own.eos_token_id, own.bos_token_id, own.pad_token_id):
-            parts = slice(None) if self.preference else slice(1)  # labels repeat the ids
-            notes.unknown = sum(int((ids == unknown).sum()) for one in encoded for ids in one.ids[parts])
-        return EncodedBlock(block.source, len(rows), record_batch(encoded, self.schema), notes)
+        if own.unk_token_id not in (None, own.eos_token_id, own.bos_token_id, own.pad_token_id):
+            notes.unknown = int((ids == own.unk_token_id).sum())
+        if self.own_tokens:
+            numbers = own.convert_tokens_to_ids(self.own_tokens)
+            notes.own_tokens = Counter(ids[np.isin(ids, numbers)].tolist())
 
     @cached_property
     def _conversations(self) -> ConversationEncoder:

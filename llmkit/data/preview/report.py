@@ -8,13 +8,13 @@ from transformers import PreTrainedTokenizerBase
 
 from llmkit.config.schema import DataConfig, TrainConfig
 from llmkit.data.audit import audit
-from llmkit.data.drafts import Draft, draft_splits, problems_of, training_sources
+from llmkit.data.drafts import Draft, draft_splits, problems_of
 from llmkit.data.preview.pieces import PieceReader
 from llmkit.data.preview.rows import ShownRow, shown_rows
-from llmkit.data.reading.listed_tokens import listed_tokens
+from llmkit.data.reading.sources import Source, listed_tokens, open_training_sources, training_sources
 from llmkit.model.context import settle_lengths
 from llmkit.model.special_tokens import new_tokens
-from llmkit.model.tokenizer import TEMPLATE_TOKENS, load_original_tokenizer, load_run_tokenizer
+from llmkit.model.tokenizer import load_original_tokenizer, load_run_tokenizer, may_add_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,7 @@ class Inputs:
     new: frozenset[int]  # tokens that the model did not know
     max_length: int
     preference: bool
+    opened: list[Source]  # of the training rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,19 +51,15 @@ def run_inputs(config: TrainConfig) -> Inputs:
     """
     max_length = settle_lengths(config)
     preference = config.recipe == "dpo"
-    beside = listed_tokens(config.data, preference=preference)
+    opened = open_training_sources(config.data, preference=preference)
+    beside = listed_tokens(opened)
     tokenizer = load_run_tokenizer(config, beside)
     new: dict[str, int] = {}
-    if beside or _adds_tokens(config):  # a large tokenizer takes its time to load again
+    if may_add_tokens(config, beside):
         new = new_tokens(tokenizer, load_original_tokenizer(config.model))
-    return Inputs(tokenizer=tokenizer, new=frozenset(new.values()), max_length=max_length, preference=preference)
-
-
-def _adds_tokens(config: TrainConfig) -> bool:
-    """Whether the tokenizer of the run may have tokens that the model does not know."""
-    template = config.data.chat_template or config.model.chat_template
-    pads_with_its_own = config.model.pad_token in ("auto", "unk", "bos", "eos")
-    return bool(config.data.special_tokens or config.init_from or template in TEMPLATE_TOKENS or not pads_with_its_own)
+    return Inputs(
+        tokenizer=tokenizer, new=frozenset(new.values()), max_length=max_length, preference=preference, opened=opened
+    )
 
 
 def look(config: TrainConfig, inputs: Inputs, *, progress: Callable[[str, int], None]) -> Report:
@@ -73,7 +70,12 @@ def look(config: TrainConfig, inputs: Inputs, *, progress: Callable[[str, int], 
     """
     data, tokenizer = config.data, inputs.tokenizer
     drafts = draft_splits(
-        data, tokenizer, max_length=inputs.max_length, preference=inputs.preference, progress=progress
+        data,
+        tokenizer,
+        max_length=inputs.max_length,
+        preference=inputs.preference,
+        opened=inputs.opened,
+        progress=progress,
     )
     problems = problems_of(drafts, data, context_length=config.model.context_length)
     return Report(

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -72,7 +71,7 @@ def _source_of(draft: Draft) -> np.ndarray:
 def _shown(
     draft: Draft, index: int, reader: PieceReader, data: DataConfig, most_pieces: int, most_runs: int
 ) -> ShownRow:
-    values = _encoded(draft, index)
+    values = draft.encoded(index)
 
     def section(name: str, ids: list[int], learnt: list[bool]) -> Section:
         parts = reader.parts(ids, learnt, most_pieces=most_pieces, most_runs=most_runs)
@@ -80,6 +79,7 @@ def _shown(
 
     if "labels" in values:
         learnt = [label != IGNORED for label in values["labels"]]
+        learnt[:1] = [False] * len(learnt[:1])  # nothing predicts the first token
         sections = [section("", values["input_ids"], learnt)]
     else:
         sections = [
@@ -88,16 +88,6 @@ def _shown(
         ]
     remark = _remark(draft, index, data)
     return ShownRow(split=draft.name, place=draft.place(index), remark=remark, sections=sections)
-
-
-def _encoded(draft: Draft, index: int) -> dict[str, Any]:
-    """The columns of an example."""
-    position = int(draft.chosen[index])
-    for source in draft.sources:
-        if position < len(source):
-            return source.examples[position]
-        position -= len(source)
-    raise IndexError(index)
 
 
 def _remark(draft: Draft, index: int, data: DataConfig) -> str:

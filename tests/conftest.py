@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import hydra
 import pytest
 from hydra.plugins.launcher import Launcher
+from s3_server import s3_server, s3_url  # noqa: F401 - fixtures for all tests
 
 # Read when torch is loaded, here and in children. Idle OpenMP threads spin by default: two test processes that train
 # side by side on two cores then take ten times as long as one.

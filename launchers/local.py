@@ -19,8 +19,11 @@ from omegaconf import DictConfig
 from llmkit import rundir
 from llmkit.config import TrainConfig, resolve
 from llmkit.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_WRONG_INPUT, ConfigError
-from llmkit.launchers.prepare import changed_since, finished_result, prepare
+from llmkit.hangup import keep_output
+from llmkit.launchers.prepare import changed_since, finished_elsewhere, finished_result, prepare
 from llmkit.launchers.sweep import Job, Sweep
+from llmkit.training.checkpoints.manifest import latest
+from llmkit.training.stopping import ECHO, SIGNALS
 
 
 def run_here(config: TrainConfig, run_dir: Path) -> int:
@@ -31,12 +34,16 @@ def run_here(config: TrainConfig, run_dir: Path) -> int:
         if changed_since(config.data.path, run_dir / rundir.RESULT):
             print(f"warning: {config.data.path} has changed since; another name= trains on it.", file=sys.stderr)
         return EXIT_DONE
+    if elsewhere := finished_elsewhere(config, run_dir):
+        there, _ = elsewhere
+        print(f"{there} holds this run, finished; its model is in {there}/{rundir.FINAL}. Nothing to do.")
+        return EXIT_DONE
     if config.launcher.max_parallel is not None:
         print("warning: launcher.max_parallel has no effect on a single run; it is for sweeps (-m).", file=sys.stderr)
     # One process trains on one device; TRL refuses a process that sees several.
     gpus = [] if config.hardware.device == "cpu" else _visible_gpus()
     env = {"CUDA_VISIBLE_DEVICES": gpus[0]} if gpus else {}
-    with prepare(config, run_dir) as lock, _forwarded_signals() as workers:
+    with prepare(config, run_dir) as lock, _forwarded_signals(run_dir / rundir.CONSOLE) as workers:
         worker = start_worker(run_dir, lock=lock, env=env)
         workers.add(worker)
         code = _exit_code(worker.wait(), run_dir, stopped=workers.stopped)
@@ -72,12 +79,13 @@ def start_worker(
 
 
 def _exit_code(returncode: int, run_dir: Path, *, stopped: bool) -> int:
-    """The worker's code; one that was stopped before it could save says so in a result of its own."""
+    """The worker's code; one that was ended before it could save its step says so in a result of its own."""
     if returncode < 0 and stopped:
         if rundir.read_result(run_dir) is None:
-            reason = f"stopped by {signal.Signals(-returncode).name} before it had saved a step"
-            rundir.write_result(run_dir, status="stopped", error=reason)
-            print(f"{run_dir}: {reason}.", file=sys.stderr)
+            saved = latest(run_dir)
+            there = f"; {saved.name} is saved" if saved else " before a step was saved"
+            rundir.write_result(run_dir, status="preempted" if saved else "stopped", error=f"ended at once{there}")
+            print(f"{run_dir}: ended at once{there}; the same command goes on.", file=sys.stderr)
         return EXIT_PREEMPTED
     if returncode < 0:
         name = signal.Signals(-returncode).name
@@ -100,20 +108,31 @@ class _Workers(list[subprocess.Popen]):
 
 
 @contextlib.contextmanager
-def _forwarded_signals() -> Iterator[_Workers]:
-    """Hand SIGINT and SIGTERM to the workers, who save and stop; the driver waits for them."""
+def _forwarded_signals(log: Path) -> Iterator[_Workers]:
+    """Hand requests to stop to the workers, who save and stop; the driver waits for them.
+
+    A closed terminal is no such request: what would have been shown there goes to `log`.
+    """
     workers = _Workers()
+    asked = 0.0
 
     def forward(number: int, _frame: Any) -> None:
+        nonlocal asked
+        if workers.stopped and number != signal.SIGINT and time.monotonic() - asked < ECHO:
+            return
         if not workers.stopped:
+            asked = time.monotonic()
             message = "stopping when the step is done and saved; once more: at once\n"
-            os.write(sys.stderr.fileno(), message.encode())  # print is not safe in a signal handler
-        workers.stopped = True
+            with contextlib.suppress(OSError):  # the terminal may have gone
+                os.write(sys.stderr.fileno(), message.encode())  # print is not safe in a signal handler
         for worker in workers:
             if worker.poll() is None:
-                worker.send_signal(number)
+                worker.send_signal(signal.SIGKILL if workers.stopped else number)
+        workers.stopped = True
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, forward) for number in SIGNALS}
+    previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    keep_output(log)
     try:
         yield workers
     finally:
@@ -177,7 +196,7 @@ def _run_all(sweep: Sweep) -> None:
         slots = [slots[i % len(slots)] for i in range(first.launcher.max_parallel)]
     threads = max(len(os.sched_getaffinity(0)) // len(slots), 1) if not devices else None
     running: list[_Running] = []
-    with _forwarded_signals() as workers:
+    with _forwarded_signals(sweep.directory / rundir.CONSOLE) as workers:
         while running or (waiting and not workers.stopped):
             while waiting and slots and not workers.stopped:
                 job = waiting.pop(0)
@@ -202,7 +221,7 @@ def _run_all(sweep: Sweep) -> None:
 
 def _start(job: Job, device: str | None, threads: int | None) -> _Running:
     lock = prepare(job.config, job.run_dir)
-    output = open(job.run_dir / "console.log", "w", encoding="utf-8")  # noqa: SIM115 - closed when the job ends
+    output = open(job.run_dir / rundir.CONSOLE, "w", encoding="utf-8")  # noqa: SIM115 - closed when the job ends
     env = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
     if threads and "OMP_NUM_THREADS" not in os.environ:
         # Two jobs with a thread per core each wait for one another at every operation: seen 100 times slower.

@@ -1,11 +1,14 @@
 """Make a run directory ready for its worker, or say why nothing is to be done."""
 
+import os
 from pathlib import Path
 from typing import IO
 
 from llmkit import rundir
 from llmkit.config import TrainConfig, adopt_findings, differences, load, save
 from llmkit.errors import ConfigError
+from llmkit.training.checkpoints.manifest import latest
+from llmkit.training.checkpoints.remote import RemoteRun, run_place
 
 
 def finished_result(config: TrainConfig, run_dir: Path) -> dict | None:
@@ -13,25 +16,84 @@ def finished_result(config: TrainConfig, run_dir: Path) -> dict | None:
 
     Raises ConfigError, and changes nothing, if the directory holds another config's run or something else.
     """
-    if not run_dir.exists():
+    _refuse_strange(run_dir)
+    if config.resume == "never":
         return None
+    if not (run_dir / rundir.CONFIG).exists():
+        return None
+    result = rundir.read_result(run_dir)
+    finished = result is not None and result["status"] == "completed"
+    earlier = load(run_dir)
+    if finished or _has_trained(run_dir):
+        _refuse_other(earlier, config, f"{run_dir} holds {'a finished' if finished else 'an unfinished'} run")
+    if finished and _goes_further(earlier, config, run_dir):
+        return None
+    return result if finished else None
+
+
+def finished_elsewhere(config: TrainConfig, run_dir: Path) -> tuple[str, dict] | None:
+    """Where a run of the same config and name has finished and was mirrored, and its result; None if one is to start.
+
+    Raises ConfigError if that place holds another config's run, StorageError if it does not answer.
+    """
+    place = run_place(config, run_dir)
+    if place is None:
+        return None
+    remote = RemoteRun(place)
+    earlier = remote.config()
+    if earlier is None:
+        return None
+    if config.resume == "never":
+        raise ConfigError(
+            f"resume=never: {place.url} holds a run already, which a run that starts over would mix with; choose another "
+            "name= or checkpoint.remote=, or remove it."
+        )
+    _refuse_other(earlier, config, f"{place.url} holds a run")
+    result = remote.result()
+    finished = result is not None and result["status"] == "completed" and not config.resume_allow
+    return (place.url, result) if result is not None and finished else None
+
+
+def _refuse_strange(run_dir: Path) -> None:
+    """Raise ConfigError for a place that is neither free nor a run's directory."""
+    if not run_dir.exists():
+        return
     if not run_dir.is_dir():
         raise ConfigError(f"run_dir={run_dir}: is a file; choose a directory.")
     if (run_dir / rundir.SWEEP).exists():
         raise ConfigError(f"{run_dir} holds a sweep; choose another name= for a single run.")
-    if not (run_dir / rundir.CONFIG).exists():
-        if any(path.name != rundir.LOCK for path in run_dir.iterdir()):
-            raise ConfigError(f"{run_dir} exists and is not a run directory; choose another name= or run_dir=.")
-        return None
-    result = rundir.read_result(run_dir)
-    finished = result is not None and result["status"] == "completed"
-    changed = differences(load(run_dir), config)
-    if changed and (finished or (run_dir / rundir.METRICS).exists()):
+    if not (run_dir / rundir.CONFIG).exists() and any(path.name != rundir.LOCK for path in run_dir.iterdir()):
+        raise ConfigError(f"{run_dir} exists and is not a run directory; choose another name= or run_dir=.")
+
+
+def _refuse_other(earlier: TrainConfig, config: TrainConfig, what: str) -> None:
+    """Raise ConfigError with what differs, unless resume_allow names it."""
+    if changed := differences(earlier, config):
+        keys = ",".join(line.partition(":")[0] for line in changed)
         raise ConfigError(
-            f"{run_dir} holds {'a finished' if finished else 'an unfinished'} run of another config; nothing was "
-            f"changed. Choose another name=, or go back to its values: {'; '.join(changed)}."
+            f"{what} of another config; nothing was changed. Choose another name=, go back to its values, or go on all "
+            f"the same with resume_allow=[{keys}]: {'; '.join(changed)}."
         )
-    return result if finished else None
+
+
+def _has_trained(run_dir: Path) -> bool:
+    return (run_dir / rundir.METRICS).exists() or latest(run_dir) is not None
+
+
+def _goes_further(earlier: TrainConfig, config: TrainConfig, run_dir: Path) -> bool:
+    """Whether a finished run is to be trained on with what `resume_allow` lets differ. Raises ConfigError if it cannot.
+
+    The same command once more changes nothing: the run is finished then.
+    """
+    allowed, config.resume_allow = config.resume_allow, []
+    changed = differences(earlier, config)
+    config.resume_allow = allowed
+    if changed and latest(run_dir) is None:
+        raise ConfigError(
+            f"{run_dir} is finished and holds no checkpoint to go on from ({'; '.join(changed)}). init_from={run_dir} "
+            "under another name= starts from its weights."
+        )
+    return bool(changed)
 
 
 def changed_since(path: str | None, result: Path) -> bool:
@@ -42,15 +104,32 @@ def changed_since(path: str | None, result: Path) -> bool:
 def prepare(config: TrainConfig, run_dir: Path) -> IO[str]:
     """Lock the directory and write its config; the caller holds the returned lock while the worker runs.
 
-    A run that goes on keeps what its worker had found out (precision, the model's commit, ...), on any machine.
+    A run that goes on keeps what its worker had found out (precision, the model's commit, ...), on any machine. With
+    resume=never what is there is moved aside first.
     """
     lock = rundir.lock(run_dir)
+    if config.resume == "never":
+        _move_aside(run_dir)
     result = rundir.read_result(run_dir)
-    if result is not None and result["status"] == "completed":
+    if result is not None and result["status"] == "completed" and not config.resume_allow:
         lock.close()
         raise ConfigError(f"{run_dir} has just been finished by another process; nothing was changed.")
-    if (run_dir / rundir.METRICS).exists():
+    if _has_trained(run_dir):
         adopt_findings(config, load(run_dir))
     (run_dir / rundir.RESULT).unlink(missing_ok=True)
     save(config, run_dir)
     return lock
+
+
+def _move_aside(run_dir: Path) -> None:
+    """Everything but the lock goes to `<run_dir>.before-1`, or the next free number: nothing is lost."""
+    files = [path for path in run_dir.iterdir() if path.name != rundir.LOCK]
+    if not files:
+        return
+    number = 1
+    while (aside := run_dir.with_name(f"{run_dir.name}.before-{number}")).exists():
+        number += 1
+    aside.mkdir()
+    for path in files:
+        os.replace(path, aside / path.name)
+    print(f"resume     never: the run that was in {run_dir} is now in {aside}")

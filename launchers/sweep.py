@@ -17,7 +17,7 @@ from llmkit.config import TrainConfig, validate, warnings
 from llmkit.config.resolve import use_absolute_paths
 from llmkit.config.schema import FIGURES_OF_RECIPE
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError
-from llmkit.launchers.prepare import finished_result
+from llmkit.launchers.prepare import finished_elsewhere, finished_result
 
 # Objectives where more is better; every other is a loss.
 MAXIMIZED = {name for names in FIGURES_OF_RECIPE.values() for name in names}
@@ -67,13 +67,18 @@ class Sweep:
         problems: dict[str, list[str]] = {}  # the jobs that have each
         for job_overrides, name, config in zip(overrides, names, configs, strict=True):
             config.run_dir, config.name = str(directory / name), None
+            if config.checkpoint.remote:
+                config.checkpoint.remote = f"{config.checkpoint.remote.rstrip('/')}/{directory.name}"
             if config.tracking.name != "none":
                 config.tracking.group = config.tracking.group or directory.name
             job = Job(overrides=list(job_overrides), run_dir=directory / name, config=config)
             try:
                 validate(config)
                 use_absolute_paths(config)
-                if result := finished_result(config, job.run_dir):
+                result = finished_result(config, job.run_dir)
+                if result is None and (elsewhere := finished_elsewhere(config, job.run_dir)):
+                    _, result = elsewhere
+                if result:
                     job.status, job.objective = result["status"], result["objective"]
             except ConfigError as error:
                 for problem in error.problems:

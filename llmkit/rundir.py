@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import IO, Any
 
+from llmkit import durable
 from llmkit.errors import ConfigError
 
 CONFIG = "config.yaml"
@@ -17,7 +18,9 @@ FINAL = "final"
 CHECKPOINTS = "checkpoints"
 LOSS_PLOT = "loss.png"
 SAMPLES = "samples.jsonl"
+CONSOLE = "console.log"  # what is said where no terminal shows it
 DATA_AUDIT = "data_audit.json"
+BEST_WEIGHTS = ".best.safetensors"  # while the run goes on with training.final=best
 NON_FINITE_BATCH = "nonfinite_batch.json"
 SWEEP = "sweep.json"
 LOCK = ".lock"
@@ -60,9 +63,7 @@ def default_run_dir(name: str | None = None) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON in one step: a reader sees the old file or the new one, never half of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    durable.write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -21,8 +21,11 @@ from llmkit import rundir
 from llmkit.cli import print_error
 from llmkit.config import TrainConfig, load
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError, LlmkitError, Stopped
+from llmkit.hangup import keep_output
 from llmkit.processes import die_with_parent
 from llmkit.training.advice import is_out_of_memory, reason, untried_changes
+from llmkit.training.checkpoints.mirror import publish
+from llmkit.training.checkpoints.remote import RemoteRun, run_place
 from llmkit.training.stopping import StopRequest
 from llmkit.training.versions import versions
 
@@ -45,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.update(config.hardware.env)
         hide_unused_libraries(config)
         _quiet_libraries()
+        keep_output(run_dir / rundir.CONSOLE)
         return _run(config, run_dir)
 
 
@@ -73,7 +77,20 @@ def _run(config: TrainConfig, run_dir: Path) -> int:
         print(f"error: {message}", file=sys.stderr)
         return EXIT_FAILED
     rundir.write_result(run_dir, **result)
-    return EXIT_DONE if result["status"] == "completed" else EXIT_PREEMPTED
+    return _publish(config, run_dir, EXIT_DONE if result["status"] == "completed" else EXIT_PREEMPTED)
+
+
+def _publish(config: TrainConfig, run_dir: Path, code: int) -> int:
+    """Bring the run's copy at checkpoint.remote up to date. A finished run that is not all there has failed in that."""
+    place = run_place(config, run_dir)
+    if place is None:
+        return code
+    try:
+        publish(RemoteRun(place), run_dir, checkpoints=config.checkpoint.keep, patience=config.checkpoint.patience_s)
+    except LlmkitError as error:
+        print_error(error)
+        return code or error.exit_code
+    return code
 
 
 @contextlib.contextmanager

@@ -43,11 +43,9 @@ def run(config: TrainConfig, run_dir: Path, console: RunConsole, stop: StopReque
         config,
         run_dir,
         trainer,
-        data,
-        ready.tokenizer,
+        ready,
         console,
         stop,
-        autocast=ready.autocast,
         figures=preference_figures,
     ) as session:
         session.measure_base()

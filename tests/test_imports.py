@@ -16,12 +16,18 @@ PACKAGE = Path(llmkit.__file__).parent
 # From the top floor to the ground. A module is on the floor of the longest name it begins with; a package's own
 # __init__ counts like its modules.
 FLOORS = [
-    ["llmkit", "llmkit.__main__", "llmkit.train", "llmkit.preview", "llmkit.fetch", "llmkit.doctor"],
+    [
+        *("llmkit", "llmkit.__main__", "llmkit.train", "llmkit.resume", "llmkit.preview", "llmkit.fetch"),
+        *("llmkit.export", "llmkit.doctor"),
+    ],
     ["llmkit.launchers", "llmkit.worker"],
     ["llmkit.recipes"],
     ["llmkit.training", "llmkit.serving"],
     ["llmkit.data", "llmkit.model", "llmkit.storage"],
-    ["llmkit.config", "llmkit.rundir", "llmkit.errors", "llmkit.cli", "llmkit.processes", "llmkit.conf"],
+    [
+        *("llmkit.config", "llmkit.rundir", "llmkit.errors", "llmkit.cli", "llmkit.processes", "llmkit.conf"),
+        *("llmkit.durable", "llmkit.hangup"),
+    ],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 HEAVY = ("torch", "transformers", "trl", "peft", "wandb", "matplotlib", "datasets", "rich")

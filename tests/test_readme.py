@@ -62,12 +62,9 @@ def test_the_make_targets_of_the_readme_exist():
 
 def test_the_table_of_groups_lists_every_option():
     rows = dict(re.findall(r"^\| `(\w+)`[^|]*\| (.*) \|$", README, re.M))
-    rows["evaluation"] = "`default`, `off`"
 
     for group in group_names():
-        assert set(group_options(group)) == set(re.findall(r"`(\w+)`", rows[group])) - {"off"} | (
-            {"off"} if group == "evaluation" else set()
-        ), group
+        assert set(group_options(group)) == set(re.findall(r"`(\w+)`", rows[group])), group
 
 
 def test_the_file_tree_names_what_is_there():

@@ -1,8 +1,9 @@
 """`config.yaml` in a run directory: written, read back, and compared with what a new command asks for."""
 
 import dataclasses
-import os
 import re
+from collections.abc import Iterable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,22 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from llmkit import rundir
-from llmkit.config.schema import NODES, SourceConfig, TrainConfig, schema_keys
+from llmkit import durable, rundir
+from llmkit.config.schema import NODES, DataConfig, TrainConfig, open_mappings, schema_keys
 from llmkit.errors import ConfigError
 
-# Where a run lives and how it is started is not what it computes.
-NOT_COMPARED = ("name", "run_dir", "derived", "launcher")
+# Where a run lives, how it is started, saved and watched is not what it computes.
+NOT_COMPARED = (
+    *("name", "run_dir", "resume", "resume_allow", "derived"),
+    *("launcher", "checkpoint", "storage", "tracking"),
+    *("training.save_steps", "data.num_proc"),
+    *("hardware.name", "hardware.memory_gib", "hardware.precisions", "hardware.price_per_hour"),
+)
 UNSET: tuple[Any, ...] = (None, "auto", {})
 # Found on the hub by the worker, whatever the config says.
 COMMITS = ("model.commit", "data.commit")
+# May be sources of their own, with a commit among their keys.
+SPLITS = ("validation", "test")
 
 
 def save(config: TrainConfig, run_dir: Path) -> None:
@@ -27,9 +35,7 @@ def save(config: TrainConfig, run_dir: Path) -> None:
     del values["name"], values["run_dir"]
     values = _literal(values)
     head = f"# Repeat this run: llmkit train {run_dir / rundir.CONFIG}\n"
-    partial = run_dir / f".{rundir.CONFIG}.{os.getpid()}"
-    partial.write_text(head + OmegaConf.to_yaml(OmegaConf.create(values)), encoding="utf-8")
-    os.replace(partial, run_dir / rundir.CONFIG)
+    durable.write_text(run_dir / rundir.CONFIG, head + OmegaConf.to_yaml(OmegaConf.create(values)))
 
 
 def load(run_dir: Path) -> TrainConfig:
@@ -53,7 +59,7 @@ def load(run_dir: Path) -> TrainConfig:
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
-    """What `new` asks for that `old` did not: `key: old -> new`, one line each.
+    """What `new` asks for that `old` did not, `key: old -> new`, one line each; `new.resume_allow` names exceptions.
 
     A value the worker had filled in differs from nothing while the new config leaves it open.
     """
@@ -61,18 +67,29 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     lines = []
     for key in sorted(before.keys() | after.keys()):
         left, right = before.get(key), after.get(key)
-        filled_in = right in UNSET and (key in old.derived or key in COMMITS)
-        if key == "data.datasets":
-            left = _as_open_as(left, right)
-        if left != right and not filled_in and key.split(".")[0] not in NOT_COMPARED:
+        left = _as_open_as(key, left, right, derived=old.derived)
+        if left != right and not _among(key, NOT_COMPARED) and not _among(key, new.resume_allow):
             lines.append(f"{key}: {left} -> {right}")
     return lines
 
 
-def _as_open_as(old: Any, new: Any) -> list[dict[str, Any]]:
-    """The old sources without the commits that the new ones leave to be found."""
-    left_open = [one["commit"] is None for one in new] + [False] * len(old)
-    return [one | {"commit": None} if is_open else one for one, is_open in zip(old, left_open, strict=False)]
+def _among(key: str, named: Iterable[str]) -> bool:
+    """Whether a key, or a node it lies in, is one of those named."""
+    return any(key == name or key.startswith(f"{name}.") for name in named)
+
+
+def _as_open_as(key: str, old: Any, new: Any, *, derived: list[str]) -> Any:
+    """The old value of `key`, without what a worker had filled in and the new value leaves open."""
+    if new in UNSET and (key in derived or key in COMMITS):
+        return new
+    if key in open_mappings() and isinstance(old, dict) and isinstance(new, dict):
+        return {name: value for name, value in old.items() if name in new or f"{key}.{name}" not in derived}
+    if key == "data.datasets":
+        left_open = [one["commit"] is None for one in new] + [False] * len(old)
+        return [one | {"commit": None} if is_open else one for one, is_open in zip(old, left_open, strict=False)]
+    if key in [f"data.{name}" for name in SPLITS] and isinstance(old, dict) and isinstance(new, dict):
+        return {name: value for name, value in old.items() if name != "commit" or name in new}
+    return old
 
 
 def _literal(value: Any) -> Any:
@@ -88,17 +105,32 @@ def adopt_findings(config: TrainConfig, earlier: TrainConfig) -> None:
     """Fill in what `config` leaves open with what an earlier worker of the same run had found, in place."""
     for key in (*earlier.derived, *COMMITS):
         node, _, name = key.rpartition(".")
-        ours, theirs = (getattr(one, node) if node else one for one in (config, earlier))
-        if ours is not None and theirs is not None and getattr(ours, name) in UNSET:
+        ours, theirs = (_node(one, node) for one in (config, earlier))
+        if ours is None or theirs is None:
+            continue
+        if isinstance(ours, dict):
+            adopted = name not in ours and name in theirs
+            ours |= {name: theirs[name]} if adopted else {}
+        elif adopted := getattr(ours, name) in UNSET:
             setattr(ours, name, getattr(theirs, name))
-            if key in earlier.derived and key not in config.derived:
-                config.derived.append(key)
-    _adopt_commits(config.data.datasets, earlier.data.datasets)
+        if adopted and key in earlier.derived and key not in config.derived:
+            config.derived.append(key)
+    _adopt_commits(config.data, earlier.data)
 
 
-def _adopt_commits(ours: list[SourceConfig], theirs: list[SourceConfig]) -> None:
-    for source, earlier in zip(ours, theirs, strict=False):
+def _node(config: TrainConfig, name: str) -> Any:
+    """A node of the config, or a mapping in one, by its dotted name; the config itself without a name."""
+    return attrgetter(name)(config) if name else config
+
+
+def _adopt_commits(ours: DataConfig, theirs: DataConfig) -> None:
+    """Those of sources within `data`; its own is one of COMMITS."""
+    for source, earlier in zip(ours.datasets, theirs.datasets, strict=False):
         source.commit = source.commit or earlier.commit
+    for name in SPLITS:
+        value, before = getattr(ours, name), getattr(theirs, name)
+        if isinstance(value, dict) and isinstance(before, dict) and before.get("commit"):
+            setattr(ours, name, {"commit": before["commit"]} | value)
 
 
 def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,10 +19,12 @@ FOREIGN_NAMES = {
     "quantization_bit": "method=qlora qlora.bits=4|8",
     "flash_attn": "model.attn_implementation",
     "stage": "recipe=sft|dpo",
-    "resume": "name=NAME (the same command goes on with its run); init_from=RUN begins anew from the weights of one",
     "pref_beta": "dpo.beta",
     "pref_loss": "dpo.loss_type",
     "output_dir": "run_dir",
+    "overwrite_output_dir": "resume=never",
+    "resume_from_checkpoint": "resume=auto (the same command goes on) or resume=RUN; init_from=RUN begins anew from it",
+    "save_total_limit": "checkpoint.keep",
     "pure_bf16": "precision=bf16_pure",
     # Axolotl
     "rl": "recipe=dpo",

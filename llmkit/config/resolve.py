@@ -81,8 +81,11 @@ def use_absolute_paths(config: TrainConfig) -> None:
         (model, "path"),
         (model, "chat_template"),
         (config, "init_from"),
+        (config, "resume"),
     ):
         setattr(node, key, _absolute(getattr(node, key)))
+    if (remote := config.checkpoint.remote) and "://" not in remote:
+        config.checkpoint.remote = str(Path(remote).expanduser().absolute())
 
 
 def _absolute(value: Any) -> Any:

@@ -295,10 +295,28 @@ class TrainingConfig:
     logging_steps: int = setting(10, "Steps between two lines of metrics.", ge=1)
     eval_steps: float = setting(0.25, "Steps between evaluations, or below 1 a share of the run.", gt=0)
     save_steps: float | None = setting(
-        None, "Steps between checkpoints, or below 1 a share of the run; unset: none are kept.", gt=0
+        None, "Steps between checkpoints, or below 1 a share of the run; unset: checkpoint.minutes alone decides.", gt=0
     )
     final: str = setting(
         "last", "Which weights `final/` holds: of the last step or of the best evaluation.", choices=("last", "best")
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    name: str = setting("default", "The option of the checkpoint group.")
+    minutes: float | None = setting(
+        30.0, "A checkpoint after this long without one, beside those of training.save_steps; null: none.", gt=0
+    )
+    keep: int = setting(2, "How many of the newest stay; the one with the lowest eval_loss stays too.", ge=1)
+    remote: str | None = setting(
+        None, "Mirror checkpoints and the final model below this place (s3://bucket/path or a directory), as they come."
+    )
+    patience_s: float = setting(
+        300.0, "Seconds that the end of a run waits for a remote place that does not answer.", ge=0
+    )
+    trust: bool = setting(
+        False, "Load files that can run code (DeepSpeed's own) from a checkpoint in a bucket; off unless you trust it."
     )
 
 
@@ -330,6 +348,36 @@ class TrackingConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class StorageConfig:
+    """How `s3://` addresses are reached; credentials come from the usual AWS variables or the profile only."""
+
+    endpoint_url: str | None = setting(
+        None, "Address of an S3-compatible server; unset: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, or Amazon's own."
+    )
+    region: str | None = setting(None, "Region of the buckets; unset: AWS_REGION, AWS_DEFAULT_REGION or the profile's.")
+    profile: str | None = setting(None, "Profile in the AWS files of this machine; unset: AWS_PROFILE, or `default`.")
+    addressing_style: str = setting(
+        "auto",
+        "Where the bucket stands in a request's address: in the path, in the host name (virtual), or as boto3 chooses.",
+        choices=("auto", "path", "virtual"),
+    )
+    checksums: str = setting(
+        "when_required",
+        "When boto3 adds checksums of its own, which some S3-compatible servers refuse; llmkit checks SHA-256 anyway.",
+        choices=("when_required", "when_supported"),
+    )
+    max_concurrency: int = setting(8, "Requests at a time.", ge=1, le=256)
+    part_size_mib: int = setting(
+        16, "Size in MiB of the parts that large files are sent and fetched in.", ge=5, le=5120
+    )
+    timeout_s: float = setting(60.0, "Seconds without an answer after which a request counts as failed.", gt=0)
+    max_attempts: int = setting(5, "How often a request is tried before it counts as failed.", ge=1)
+    cache_gib: float = setting(
+        200.0, "Bound in GiB of the local cache of files fetched from buckets; what is in use stays.", gt=0
+    )
+
+
+@dataclass(kw_only=True, slots=True)
 class LocalLauncherConfig:
     name: str = setting("local", "The option of the launcher group.")
     max_parallel: int | None = setting(None, "Jobs of a sweep at a time; unset: one per GPU, one on a CPU.", ge=1)
@@ -344,6 +392,15 @@ class TrainConfig:
     run_dir: str | None = setting(None, "Directory of the run; unset: runs/<name>.")
     init_from: str | None = setting(
         None, "Start from the weights of this finished run (its directory); an adapter is continued, not stacked."
+    )
+    resume: str = setting(
+        "auto",
+        "Go on with the run's own newest checkpoint (auto), start over (never), or go on with another: a run, a "
+        "checkpoint, s3://...",
+        text=True,
+    )
+    resume_allow: list[str] = setting(
+        [], "Keys or nodes that may differ from those the run began with: [data, training.max_steps]."
     )
     seed: int = setting(42, "Seed of initialisation, data order and dropout.", ge=0, le=2**32 - 1)
     objective: str = setting(
@@ -362,8 +419,10 @@ class TrainConfig:
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
     launcher: Any = None
     derived: list[str] = setting([], "Keys llmkit filled in; a run repeated from its config.yaml derives them anew.")
 
@@ -377,6 +436,7 @@ GROUPS: dict[str, type] = {
     "deepspeed": DeepSpeedConfig,
     "hardware": HardwareConfig,
     "training": TrainingConfig,
+    "checkpoint": CheckpointConfig,
     "evaluation": EvaluationConfig,
     "tracking": TrackingConfig,
     "launcher": LocalLauncherConfig,
@@ -388,8 +448,10 @@ NODES_OF_OPTION: dict[str, dict[str, tuple[str, ...]]] = {
     "recipe": {"sft": (), "dpo": ("dpo",)},
     "method": {"full": (), "freeze": ("freeze",), "lora": ("lora",), "qlora": ("lora", "qlora")},
 }
+# Nodes without a group: no option of theirs is worth a file.
+PLAIN_NODES: dict[str, type] = {"storage": StorageConfig}
 # The dataclass of every node.
-NODES: dict[str, type] = {**GROUPS, **OPTIONAL_NODES}
+NODES: dict[str, type] = {**GROUPS, **OPTIONAL_NODES, **PLAIN_NODES}
 
 
 def chosen_option(config: TrainConfig, group: str) -> str:

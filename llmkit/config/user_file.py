@@ -11,6 +11,9 @@ from llmkit.config.registration import group_names
 from llmkit.config.schema import NODES_OF_OPTION, OPTIONAL_NODES, nodes_of_group, schema_keys
 from llmkit.errors import ConfigError
 
+# How one command was to go on; whoever repeats the run or goes on with it says so anew.
+OF_ONE_COMMAND = ("resume", "resume_allow")
+
 
 def file_overrides(path: Path) -> list[str]:
     """The keys of a YAML file as overrides, choices of groups first; derived keys are left out, to be derived anew.
@@ -30,6 +33,8 @@ def file_overrides(path: Path) -> list[str]:
     if not isinstance(loaded, dict) or not loaded:
         raise ConfigError(f"{path} holds no KEY: VALUE lines; write for example `model: mistral7b`.")
     content: dict[str, Any] = {str(key): value for key, value in loaded.items()}
+    if "derived" in content:  # a run's own config.yaml
+        content = {key: value for key, value in content.items() if key not in OF_ONE_COMMAND}
     derived = set(content.pop("derived", None) or [])
     choices, values = [], []
     for key, value in content.items():

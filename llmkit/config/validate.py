@@ -17,11 +17,13 @@ from llmkit.config.schema import (
     TrainConfig,
     chosen_option,
     nodes_of_group,
+    schema_keys,
 )
 from llmkit.config.setting import is_legal, legal_values
 from llmkit.config.validate_data import data_problems, data_warnings
 from llmkit.config.validate_dpo import dpo_problems, dpo_warnings
-from llmkit.errors import ConfigError
+from llmkit.errors import ConfigError, did_you_mean
+from llmkit.storage.names import storage_problems
 
 # Initialisations of PEFT that move part of the base into the adapter.
 CHANGE_THE_BASE = ("pissa", "olora")
@@ -38,10 +40,28 @@ def validate(config: TrainConfig) -> None:
         *_hardware_problems(config),
         *_objective_problems(config),
         *_training_problems(config),
+        *_checkpoint_problems(config),
         *dpo_problems(config),
     ]
     if problems:
         raise ConfigError(*problems)
+
+
+def _checkpoint_problems(config: TrainConfig) -> list[str]:
+    problems = storage_problems(config.checkpoint.remote or "")
+    if config.resume not in ("auto", "never") and "://" not in config.resume and not Path(config.resume).exists():
+        near = did_you_mean(config.resume, ["auto", "never"])
+        problems.append(
+            f"resume={config.resume}: there is no such directory (seen from {Path.cwd()}); auto, never, a run's "
+            f"directory, one of its checkpoints, or s3://...{near}"
+        )
+    elif "://" in config.resume:
+        problems += storage_problems(config.resume)
+    known = schema_keys() | {key.partition(".")[0] for key in schema_keys()}
+    for name in config.resume_allow:
+        if name not in known:
+            problems.append(f"resume_allow: {name} is no key and no node.{did_you_mean(name, known)}")
+    return problems
 
 
 def _objective_problems(config: TrainConfig) -> list[str]:

@@ -15,9 +15,12 @@ from transformers import TrainerCallback
 from llmkit import rundir
 from llmkit.data.examples import Conversation
 from llmkit.errors import NonFiniteError
+from llmkit.training.checkpoints.contents import load_accumulators
+from llmkit.training.checkpoints.manifest import read_manifest
 from llmkit.training.console import RunConsole
 from llmkit.training.generation import AnswerGenerator
-from llmkit.training.metrics import MetricsFile, keep_through
+from llmkit.training.metrics import MetricsFile
+from llmkit.training.ranks import any_rank
 from llmkit.training.stopping import StopRequest
 from llmkit.training.tracking import NoTracker
 
@@ -72,11 +75,12 @@ class Samples(TrainerCallback):
         console: RunConsole,
         tracker: NoTracker,
         *,
-        keep_through_step: int | None,
+        goes_on: bool,
     ):
         self.generator, self.prompts, self.console, self.tracker = generator, prompts, console, tracker
         self.path = run_dir / rundir.SAMPLES
-        keep_through(self.path, keep_through_step)
+        if not goes_on:
+            self.path.unlink(missing_ok=True)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not self.prompts:
@@ -93,14 +97,15 @@ class Samples(TrainerCallback):
 class BestWeights(TrainerCallback):
     """Keeps the trained parameters of the best evaluation on disk, and puts them back at the end."""
 
-    def __init__(self, model: nn.Module, run_dir: Path, *, keep_through_step: int | None):
-        self.model, self.path = model, run_dir / ".best.safetensors"
+    def __init__(self, model: nn.Module, run_dir: Path, *, goes_on: bool):
+        self.model, self.path = model, run_dir / rundir.BEST_WEIGHTS
         self.best, self.step = math.inf, 0
-        if keep_through_step is not None and self.path.exists():
+        if goes_on and self.path.exists():
             with safe_open(self.path, framework="pt") as saved:
                 about = saved.metadata()
-            if int(about["step"]) <= keep_through_step:  # a later one will be measured again
-                self.best, self.step = float(about["eval_loss"]), int(about["step"])
+            self.best, self.step = float(about["eval_loss"]), int(about["step"])
+        else:
+            self.discard()
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
@@ -128,13 +133,26 @@ class BestWeights(TrainerCallback):
         self.path.unlink(missing_ok=True)
 
 
-class StopAtStepEnd(TrainerCallback):
-    """Turns a request to stop into a saved step and the end of training."""
+class Saving(TrainerCallback):
+    """Decides at the end of a step what all ranks then do: save, and stop if a signal has asked for it on any of them.
 
-    def __init__(self, stop: StopRequest):
-        self.stop = stop
+    Args:
+        checkpoint: what training goes on from, if it does.
+        minutes: a checkpoint is due after this long without one; None: never for that reason.
+    """
+
+    def __init__(self, trainer: Any, stop: StopRequest, *, checkpoint: Path | None, minutes: float | None):
+        self.trainer, self.stop, self.checkpoint = trainer, stop, checkpoint
+        self.seconds = math.inf if minutes is None else 60 * minutes
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.checkpoint is not None:
+            load_accumulators(self.trainer, self.checkpoint)
+            args.eval_on_start = read_manifest(self.checkpoint)["evaluation_pending"]
+        self.trainer.writer.last_begun = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.stop.signal:
-            control.should_save = True
-            control.should_training_stop = True
+        due = time.monotonic() - self.trainer.writer.last_begun > self.seconds
+        stop, due = any_rank(self.stop.signal is not None, due, device=args.device)
+        control.should_save |= stop or due
+        control.should_training_stop |= stop

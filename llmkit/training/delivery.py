@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from llmkit import rundir
+from llmkit import durable, rundir
 from llmkit.config.schema import TrainConfig
 
 # PEFT's initialisations after which vLLM takes an adapter; the others change the base too.
@@ -47,9 +47,14 @@ def save_final(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConf
         model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
-    final = run_dir / rundir.FINAL
-    shutil.rmtree(final, ignore_errors=True)
+    durable.sync_tree(partial)
+    final, former = run_dir / rundir.FINAL, run_dir / ".final.former"
+    if final.exists():
+        shutil.rmtree(former, ignore_errors=True)
+        os.replace(final, former)
     os.replace(partial, final)
+    durable.sync(run_dir)
+    shutil.rmtree(former, ignore_errors=True)
     return final
 
 

@@ -17,6 +17,7 @@ from llmkit.model.loading import cached_commit, load_model_config, model_source
 from llmkit.model.methods import count_parameters, loading_dtype
 from llmkit.model.precision import Precision, resolve_device, resolve_precision
 from llmkit.training.arguments import CHECKPOINTING_FROM_PARAMETERS, steps_per_pass, total_steps
+from llmkit.training.checkpoints.manifest import committed
 from llmkit.training.console import RunConsole
 from llmkit.training.memory import GIB, capacity, in_units, optimizer_state
 
@@ -116,16 +117,34 @@ def state_facts(
     _state_memory(config, model, console, device)
 
 
-def check_disk(config: TrainConfig, model: nn.Module, run_dir: Path) -> None:
-    """Refuse to train what could not be saved. Raises ConfigError with the numbers."""
-    saved = [p for p in model.parameters() if p.requires_grad or config.lora is None]
-    needed = sum(p.numel() * p.element_size() for p in saved)
+def check_disk(config: TrainConfig, model: nn.Module, run_dir: Path, console: RunConsole) -> None:
+    """Compare what will be saved with the free disk, before the first step.
+
+    The result must fit, and the checkpoints that `training.save_steps` asks for; those that are only a safeguard
+    (`checkpoint.minutes`) are warned of. Raises ConfigError with the numbers.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    saved = trained if config.lora is not None else list(model.parameters())
+    result = sum(p.numel() * p.element_size() for p in saved)
+    checkpoint = sum(p.numel() * p.element_size() for p in trained) + optimizer_state(config.training.optim, trained)
+    # One more than are kept, while it is written.
+    more = max(config.checkpoint.keep + 1 - len(committed(run_dir)), 1)
     free = shutil.disk_usage(run_dir).free
-    if needed > free:
+    if result > free:
         raise ConfigError(
-            f"{run_dir}: the trained weights need {in_units(needed)} and the disk has {in_units(free)} free; "
+            f"{run_dir}: the trained weights need {in_units(result)} and the disk has {in_units(free)} free; "
             "make room, or choose run_dir= on another disk."
         )
+    regular = config.training.save_steps is not None
+    if (regular or config.checkpoint.minutes is not None) and result + more * checkpoint > free:
+        said = (
+            f"{run_dir}: a checkpoint needs {in_units(checkpoint)}, {more} of them (checkpoint.keep="
+            f"{config.checkpoint.keep} and the one being written) with the result "
+            f"{in_units(result + more * checkpoint)}; the disk has {in_units(free)} free. Make room, keep fewer, or choose run_dir= on another disk."
+        )
+        if regular:
+            raise ConfigError(said)
+        console.warn(f"{said} Training goes on; a checkpoint that cannot be written will say so.")
 
 
 def _dtypes(model: nn.Module, precision: Precision) -> str:

@@ -88,6 +88,15 @@ def reset_peak(device: torch.device) -> None:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets the high-water mark
 
 
+def available_host_memory() -> int:
+    """Bytes of host memory that this process can still have: of the machine, or of its container (cgroup v2)."""
+    there = [_in_bytes("/proc/meminfo").get("MemAvailable", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))]
+    with suppress(OSError, ValueError):  # no such file outside a container, "max" in one without a limit
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{what}").read_text()) for what in ("max", "current"))
+        there.append(limit - used)
+    return max(min(there), 0)
+
+
 @contextmanager
 def bounded_growth(device: torch.device) -> Iterator[None]:
     """On a CPU, let an allocation fail where the kernel would later kill the process, which then could say nothing.

@@ -15,13 +15,12 @@ DROPPED |= {"train_runtime", "train_tokens_per_second"}  # over the whole sessio
 
 
 class MetricsFile:
-    """Appends records; a run that goes on from a checkpoint drops those after it, so that each step is there once."""
+    """Appends records to those there were when the checkpoint was made that the run goes on from, or begins anew."""
 
-    def __init__(self, run_dir: Path, *, keep_through_step: int | None = None):
-        path = run_dir / rundir.METRICS
-        keep_through(path, keep_through_step)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+    def __init__(self, run_dir: Path, *, goes_on: bool = False):
+        self._file = (run_dir / rundir.METRICS).open("a" if goes_on else "w", encoding="utf-8", buffering=1)
         self._last = (time.monotonic(), last_tokens(read_metrics(run_dir)))
+        self._evaluated: tuple[int, float] | None = None  # the last evaluation's step and loss
 
     def append(self, logs: dict[str, Any], *, step: int, epoch: float | None) -> dict[str, Any] | None:
         """Write one record from Trainer's logs, with tokens per second since the last, and return it.
@@ -38,8 +37,14 @@ class MetricsFile:
             then, tokens = self._last
             record["tokens_per_second"] = round((record["tokens"] - tokens) / (time.monotonic() - then), 1)
             self._last = (time.monotonic(), record["tokens"])
+        if "eval_loss" in record:
+            self._evaluated = (step, record["eval_loss"])
         self._file.write(json.dumps(record) + "\n")
         return record
+
+    def eval_loss_at(self, step: int) -> float | None:
+        """The loss of the last evaluation, if it was at this step."""
+        return self._evaluated[1] if self._evaluated is not None and self._evaluated[0] == step else None
 
     def start_clock(self) -> None:
         """Tokens per second count from now on."""
@@ -83,12 +88,6 @@ def mean_loss(records: list[dict[str, Any]]) -> float | None:
         if "loss" in record:
             total, step = total + record["loss"] * (record["step"] - step), record["step"]
     return total / step if step else None
-
-
-def keep_through(path: Path, step: int | None) -> None:
-    """Drop the records after `step` from a JSON Lines file; all of them, if it is None."""
-    kept = [record for record in read_records(path) if step is not None and record["step"] <= step]
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
 
 
 def draw_losses(run_dir: Path) -> Path | None:

@@ -145,8 +145,17 @@ class PreferenceTrainer(RunMixin, DPOTrainer):
         pairs.clear()
         super().log(logs, start_time)
 
+    def accumulators(self) -> dict[str, Any]:
+        """Those of every trainer, and the pairs that figures are averaged over."""
+        return super().accumulators() | {"pairs": list(self._pairs["train"])}
+
+    def take_up(self, accumulators: dict[str, Any]) -> None:
+        """As every trainer does, and the pairs too."""
+        super().take_up(accumulators)
+        self._pairs["train"] = accumulators["pairs"]
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """A checkpoint holds the trained adapter alone; the reference is made anew from the start.
+        """Under DeepSpeed upstream saves: the trained adapter alone, the reference is made anew from the start.
 
         With a second adapter in it, Transformers would load that one and leave the trained one where it began
         (transformers 5.19).

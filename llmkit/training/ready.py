@@ -9,12 +9,14 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from llmkit.config import TrainConfig
 from llmkit.data.prepare import PreparedData
-from llmkit.data.reading.listed_tokens import listed_tokens
+from llmkit.data.reading.sources import listed_tokens, open_training_sources
+from llmkit.model.fingerprint import start_fingerprint
 from llmkit.model.loading import fit_embeddings, load_model
 from llmkit.model.methods import apply_method, loading_dtype
-from llmkit.model.tokenizer import load_run_tokenizer
+from llmkit.model.tokenizer import load_run_tokenizer, may_add_tokens
 from llmkit.training.arguments import total_steps, training_arguments
-from llmkit.training.checkpoints import PARTIAL
+from llmkit.training.checkpoints.manifest import PARTIAL
+from llmkit.training.checkpoints.origin import bring_checkpoint
 from llmkit.training.console import RunConsole
 from llmkit.training.facts import (
     check_disk,
@@ -24,6 +26,7 @@ from llmkit.training.facts import (
     state_facts,
     warn_of_size,
 )
+from llmkit.training.resuming import check_start, find_checkpoint
 from llmkit.training.run_data import prepare_run_data
 from llmkit.training.stopping import StopRequest
 
@@ -37,6 +40,8 @@ class Ready:
     model: Any
     arguments: dict[str, Any]
     autocast: torch.dtype | None
+    checkpoint: Path | None  # what the run goes on from
+    start: str  # a fingerprint of the weights it began with
 
 
 def make_ready(
@@ -46,22 +51,30 @@ def make_ready(
 
     Raises LlmkitError for the user to read.
     """
+    bring_checkpoint(config, run_dir, console)
     device, precision = complete_config(config, run_dir)
     set_seed(config.seed)  # adapters start from random numbers, before the trainer would seed them
 
     # Data comes before weights: its errors should not wait for a large model to load.
-    tokenizer = load_run_tokenizer(config, listed_tokens(config.data, preference=preference))
-    data = prepare_run_data(config, tokenizer, run_dir, console, stop, preference=preference)
+    opened = open_training_sources(config.data, preference=preference)
+    beside = listed_tokens(opened)
+    tokenizer = load_run_tokenizer(config, beside)
+    data = prepare_run_data(config, tokenizer, run_dir, console, stop, opened=opened, preference=preference)
+
+    checkpoint = find_checkpoint(config, run_dir, data.fingerprint, console)
 
     warn_of_size(config, precision, device, console)
     dtype = loading_dtype(config, precision)
     model: Any = load_model(config.model, dtype=dtype, device=device, quantization=config.qlora, precision=precision)
-    new_rows = fit_embeddings(model, tokenizer, config)
+    new_rows = fit_embeddings(model, tokenizer, config) if may_add_tokens(config, beside) else []
+    start = start_fingerprint(config)
+    if checkpoint is not None:
+        check_start(config, run_dir, checkpoint, start)
     learn_to_stop(model, tokenizer, data.train)
     model = apply_method(model, config, precision, new_rows=new_rows)
     settle_gradient_checkpointing(config, model, run_dir)
     state_facts(config, model, data, console, device=device, precision=precision, new_tokens=len(new_rows))
-    check_disk(config, model, run_dir)
+    check_disk(config, model, run_dir, console)
     arguments = training_arguments(
         config,
         output_dir=run_dir / "checkpoints" / PARTIAL,
@@ -75,4 +88,6 @@ def make_ready(
         model=model,
         arguments=arguments,
         autocast=precision.autocast,
+        checkpoint=checkpoint,
+        start=start,
     )

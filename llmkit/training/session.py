@@ -8,19 +8,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from llmkit import rundir
 from llmkit.config import TrainConfig
 from llmkit.config.schema import FIGURES_OF_RECIPE
-from llmkit.data.prepare import PreparedData
-from llmkit.errors import ConfigError
-from llmkit.training import checkpoints
 from llmkit.training.arguments import total_steps
-from llmkit.training.callbacks import BestWeights, Reporting, Samples, StopAtStepEnd
+from llmkit.training.callbacks import BestWeights, Reporting, Samples, Saving
+from llmkit.training.checkpoints.manifest import read_manifest, step_of
+from llmkit.training.checkpoints.mirror import Mirror
+from llmkit.training.checkpoints.remote import RemoteRun, run_place
+from llmkit.training.checkpoints.saving import CheckpointWriter
 from llmkit.training.console import RunConsole
 from llmkit.training.delivery import base_model, model_card, save_final, serve_command
 from llmkit.training.facts import device_name
@@ -29,6 +28,8 @@ from llmkit.training.final_test import in_words, measure_test
 from llmkit.training.generation import AnswerGenerator
 from llmkit.training.memory import peak_memory
 from llmkit.training.metrics import MetricsFile, draw_losses, last_tokens, mean_loss, read_metrics
+from llmkit.training.ready import Ready
+from llmkit.training.resuming import facts, records, restore_records
 from llmkit.training.stopping import StopRequest
 from llmkit.training.tracking import start_tracker
 from llmkit.training.versions import versions
@@ -46,21 +47,20 @@ class Session:
         config: TrainConfig,
         run_dir: Path,
         trainer: Any,
-        data: PreparedData,
-        tokenizer: PreTrainedTokenizerBase,
+        ready: Ready,
         console: RunConsole,
         stop: StopRequest,
         *,
-        autocast: torch.dtype | None,
         figures: "Callable[[Session], list[Figure]]",
     ):
-        self.config, self.run_dir, self.trainer, self.data = config, run_dir, trainer, data
-        self.tokenizer, self.console, self.stop = tokenizer, console, stop
-        self.began = time.monotonic()
-        self.checkpoint = checkpoints.latest(run_dir)
-        step, earlier_seconds = self._manifest()
-        self.began -= earlier_seconds
-        trainer.facts = lambda: {"dataset_fingerprint": data.fingerprint, "seconds": time.monotonic() - self.began}
+        self.config, self.run_dir, self.trainer, self.data = config, run_dir, trainer, ready.data
+        self.tokenizer, self.console, self.stop = ready.tokenizer, console, stop
+        self.checkpoint, self.start = ready.checkpoint, ready.start
+        saved = read_manifest(self.checkpoint) if self.checkpoint else {}
+        self.began = time.monotonic() - saved.get("seconds", 0.0)
+        goes_on = self.checkpoint is not None
+        if self.checkpoint is not None:
+            restore_records(run_dir, self.checkpoint)
         self.asked = figures(self)
         earlier = [r for r in read_metrics(run_dir) if r["step"] == 0] if self.checkpoint else []
         names = ["eval_loss", *(figure.name for figure in self.asked)]
@@ -69,21 +69,30 @@ class Session:
         self.test: dict[str, Any] | None = None
         self.stopped = False  # before the last step
         self.final_is = "last"
-        self.metrics = MetricsFile(run_dir, keep_through_step=step)
+        self.metrics = MetricsFile(run_dir, goes_on=goes_on)
         (run_dir / rundir.NON_FINITE_BATCH).unlink(missing_ok=True)
-        self.tracker = start_tracker(config, run_dir)
+        self.tracker = start_tracker(config, run_dir, run_id=saved.get("tracker"))
         self.generator = AnswerGenerator(
-            trainer.model, tokenizer, max_new_tokens=config.evaluation.max_new_tokens, autocast=autocast
+            trainer.model, self.tokenizer, max_new_tokens=config.evaluation.max_new_tokens, autocast=ready.autocast
         )
-        prompts = questions(data.validation or data.train, config.evaluation.samples)
+        prompts = questions(self.data.validation or self.data.train, config.evaluation.samples)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Reporting(self.metrics, console, self.tracker))
-        trainer.add_callback(Samples(self.generator, prompts, run_dir, console, self.tracker, keep_through_step=step))
-        trainer.add_callback(StopAtStepEnd(stop))
+        trainer.add_callback(Samples(self.generator, prompts, run_dir, console, self.tracker, goes_on=goes_on))
         self.best: BestWeights | None = None
-        if config.training.final == "best" and data.validation:
-            self.best = BestWeights(trainer.model, run_dir, keep_through_step=step)
+        if config.training.final == "best" and self.data.validation:
+            self.best = BestWeights(trainer.model, run_dir, goes_on=goes_on)
             trainer.add_callback(self.best)
+        trainer.add_callback(Saving(trainer, stop, checkpoint=self.checkpoint, minutes=config.checkpoint.minutes))
+        trainer.writer = CheckpointWriter(run_dir, keep=config.checkpoint.keep, warn=console.warn)
+        self.mirror: Mirror | None = None
+        if (place := run_place(config, run_dir)) is not None:
+            self.mirror = Mirror(RemoteRun(place), run_dir, keep=config.checkpoint.keep, warn=console.warn)
+            trainer.writer.committed = self.mirror.offer
+            console.fact("mirror", place.url)
+        trainer.stop = stop
+        trainer.run_files = lambda: records(run_dir)
+        trainer.facts = self._facts
         if self.tracker.where:
             console.fact("tracking", self.tracker.where)
 
@@ -94,22 +103,25 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.console.end()
+        if self.mirror is not None:
+            self.mirror.close(wait=self.config.checkpoint.patience_s)
         self.metrics.close()
         plot = draw_losses(self.run_dir)
         summary = {**self.figures, "train_loss": mean_loss(read_metrics(self.run_dir))}
         self.tracker.finish(plots=[plot] if plot else [], summary=summary, failed=kind is not None)
 
-    def _manifest(self) -> tuple[int | None, float]:
-        """Step and seconds so far of the checkpoint to go on from. Raises ConfigError if it saw other data."""
-        if self.checkpoint is None:
-            return None, 0.0
-        manifest = checkpoints.read_manifest(self.checkpoint)
-        if manifest["dataset_fingerprint"] != self.data.fingerprint:
-            raise ConfigError(
-                f"{self.run_dir}: the data has changed since {self.checkpoint.name} was saved, so the run cannot go on "
-                "as it began. Restore the data, or train on the new under another name=."
-            )
-        return manifest["step"], manifest["seconds"]
+    def _facts(self) -> dict[str, Any]:
+        """What the manifest of a checkpoint made now says."""
+        return facts(
+            self.config,
+            self.run_dir,
+            dataset_fingerprint=self.data.fingerprint,
+            start_fingerprint=self.start,
+            seconds=time.monotonic() - self.began,
+            tracker=self.tracker.run_id,
+            eval_loss=self.metrics.eval_loss_at(self.trainer.state.global_step),
+            evaluation_pending=self.trainer.evaluation_pending,
+        )
 
     def measure_base(self) -> None:
         """The figures of the model as it starts, which those after training stand beside."""
@@ -119,16 +131,15 @@ class Session:
         self.base = self._measure()
 
     def train(self) -> None:
-        """Train to the end, or to the step at which a stop was asked for."""
-        if self.checkpoint:
-            self.console.fact("resume", f"from {self.checkpoint}")
+        """Train to the end, or to the step at which a stop was asked for; every checkpoint is then on the disk."""
         steps = total_steps(self.config.training, len(self.data.train.dataset))
-        if self.checkpoint and checkpoints.read_manifest(self.checkpoint)["step"] >= steps:
+        if self.checkpoint is not None and step_of(self.checkpoint) >= steps:
             self._take_up_the_last_step(self.checkpoint)
         else:
             self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
         self.console.end()
-        self.stopped = self.stop.signal is not None and self.trainer.state.global_step < self.trainer.state.max_steps
+        self.trainer.writer.wait()
+        self.stopped = self.trainer.state.global_step < self.trainer.state.max_steps
 
     def _take_up_the_last_step(self, checkpoint: Path) -> None:
         """Go on from a checkpoint behind which no step is left: Transformers would train one more (5.19)."""
@@ -157,9 +168,8 @@ class Session:
         """Write `final/` and return the contents of result.json."""
         result = self._result()
         if self.stopped:
-            self.console.fact(
-                "stopped", f"by {self.stop.signal} at step {result['steps']}, saved; the same command goes on"
-            )
+            by = self.stop.signal or "a signal to another rank"
+            self.console.fact("stopped", f"by {by} at step {result['steps']}, saved; the same command goes on")
             return result
         shutil.rmtree(Path(self.trainer.args.output_dir), ignore_errors=True)
         figures = {"train_loss": result["train_loss"]} | self.figures

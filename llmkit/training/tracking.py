@@ -9,6 +9,7 @@ from typing import Any
 
 from llmkit.config.schema import TrainConfig
 from llmkit.training.generation import Answer
+from llmkit.training.wandb_key import wandb_key_place
 
 CONNECT_SECONDS = 20  # how long a run waits for W&B before it goes on offline
 
@@ -17,6 +18,7 @@ class NoTracker:
     """The interface of a tracker, doing nothing."""
 
     where: str | None = None  # what a user opens to see the run
+    run_id: str | None = None  # by which a run that goes on stays one run
 
     def log(self, record: dict[str, Any]) -> None:
         """A record of metrics.jsonl."""
@@ -29,28 +31,29 @@ class NoTracker:
 
 
 class WandbTracker(NoTracker):
-    """Weights & Biases."""
+    """Weights & Biases; `run_id` goes on with an earlier run of that id."""
 
-    def __init__(self, config: TrainConfig, run_dir: Path):
+    def __init__(self, config: TrainConfig, run_dir: Path, run_id: str | None = None):
         import wandb
 
         self._wandb = wandb
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb_key_place() else "offline")
         try:
-            self._run = self._start(config, run_dir, mode)
+            self._run = self._start(config, run_dir, mode, run_id)
         except wandb.errors.Error as error:
             if mode == "offline":
                 raise
             reason = str(error).splitlines()[0]
             print(f"warning: W&B cannot be reached ({reason}); the run is kept offline.", file=sys.stderr, flush=True)
-            self._run = self._start(config, run_dir, "offline")
+            self._run = self._start(config, run_dir, "offline", run_id)
+        self.run_id = self._run.id
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         self._table: list[list[Any]] = []
         folder = Path(self._run.dir).parent
         self.where = self._run.url or f"offline in {folder}; upload it with: wandb sync {folder}"
 
-    def _start(self, config: TrainConfig, run_dir: Path, mode: Any) -> Any:
+    def _start(self, config: TrainConfig, run_dir: Path, mode: Any, run_id: str | None) -> Any:
         tracking = config.tracking
         return self._wandb.init(
             project=tracking.project,
@@ -61,6 +64,8 @@ class WandbTracker(NoTracker):
             config=dataclasses.asdict(config),
             dir=str(run_dir),
             mode=mode,
+            id=run_id,
+            resume="allow" if run_id else None,
             settings=self._wandb.Settings(
                 silent=True,
                 console="off",
@@ -86,19 +91,6 @@ class WandbTracker(NoTracker):
         self._run.finish(exit_code=int(failed))
 
 
-def _has_key() -> bool:
-    """Whether W&B would find a key without asking: in the environment or in netrc."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    import netrc
-
-    try:
-        path = os.environ.get("NETRC") or str(Path.home() / ".netrc")
-        return netrc.netrc(path).authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def start_tracker(config: TrainConfig, run_dir: Path) -> NoTracker:
-    """The tracker that `tracking` names."""
-    return WandbTracker(config, run_dir) if config.tracking.name == "wandb" else NoTracker()
+def start_tracker(config: TrainConfig, run_dir: Path, run_id: str | None = None) -> NoTracker:
+    """The tracker that `tracking` names; `run_id` is that of the run that goes on."""
+    return WandbTracker(config, run_dir, run_id) if config.tracking.name == "wandb" else NoTracker()

@@ -7,30 +7,52 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 from llmkit import rundir
 from llmkit.data.encoding.batches import IGNORED
 from llmkit.errors import NonFiniteError
-from llmkit.training import checkpoints
+from llmkit.training.checkpoints.contents import collect, load_weights, state_files
+from llmkit.training.checkpoints.saving import CheckpointWriter
+from llmkit.training.ranks import any_rank
+from llmkit.training.stopping import StopRequest
 
 # fp16's loss scaler overflows by design while it looks for its scale; this many times in a row is a divergence.
 FP16_OVERFLOWS_IN_A_ROW = 10
+
+
+class _EvaluationStopped(Exception):
+    """A request to stop came in while an evaluation was under way."""
 
 
 class RunMixin:
     """Put in front of a Transformers or TRL trainer: `class Trainer(RunMixin, SFTTrainer)`."""
 
     run_dir: Path
+    model: Any
     state: Any
     args: Any
+    is_deepspeed_enabled: bool
+    _tr_loss: torch.Tensor
+    _total_loss_scalar: float
+    _globalstep_last_logged: int
+    _total_train_tokens: int
+    _metrics: dict[str, Any]
     processing_class: Any
     accelerator: Any
+    control: Any
 
     def __init__(self, *args: Any, run_dir: Path, **kwargs: Any):
         self.run_dir = run_dir
         self._batches_of_step: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = []
         self._overflows = 0
-        self.facts: Callable[[], dict[str, Any]] = dict  # what a checkpoint's manifest says of the run
+        # What the run adds to its checkpoints: for the manifest, and files of its own (see CheckpointWriter.save).
+        self.facts: Callable[[], dict[str, Any]] = dict
+        self.run_files: Callable[[], dict[str, Any]] = dict
+        self.stop = StopRequest()
+        self.evaluation_pending = False  # whether the last step was to be evaluated and has not been
+        self._evaluating = False  # within training
+        self.writer = CheckpointWriter(run_dir, keep=1, warn=print)
         self._evaluated = torch.zeros(2)  # summed loss and items of the evaluation under way
         super().__init__(*args, **kwargs)
 
@@ -85,8 +107,21 @@ class RunMixin:
         """How many items a batch's loss is the mean over: its learnt tokens."""
         return (labels_of(inputs)[..., 1:] != IGNORED).sum()
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """An evaluation within training. A request to stop ends it: its step is saved, and it is made up for later."""
+        self._evaluating = True
+        try:
+            return super()._evaluate(*args, **kwargs)  # type: ignore[misc]
+        except _EvaluationStopped:
+            self.evaluation_pending = self.control.should_save = self.control.should_training_stop = True
+            return {}
+        finally:
+            self._evaluating = False
+
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Evaluate one batch, and count what its mean stands for."""
+        if self._evaluating and any_rank(self.stop.signal is not None, device=self.args.device)[0]:
+            raise _EvaluationStopped
         output = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         items = self.count_items(inputs).to(output[0].device)
         self._evaluated = self._evaluated.to(items.device) + torch.stack([output[0].detach() * items, items])
@@ -104,11 +139,44 @@ class RunMixin:
             output.metrics[f"{metric_key_prefix}_loss"] = float(total / items)
         return output
 
+    def accumulators(self) -> dict[str, Any]:
+        """The sums behind the next log event, which upstream forgets (transformers 5.19, trl 1.16).
+
+        Numbers and lists only: floats survive JSON to the last bit.
+        """
+        return {
+            "loss": float(self._tr_loss),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "total_train_tokens": self._total_train_tokens,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+        }
+
+    def take_up(self, accumulators: dict[str, Any]) -> None:
+        """Go on with the sums of a checkpoint, once `train` has set its own to zero."""
+        self._tr_loss.fill_(accumulators["loss"])
+        self._total_loss_scalar = accumulators["total_loss"]
+        self._globalstep_last_logged = accumulators["last_logged"]
+        self._total_train_tokens = accumulators["total_train_tokens"]
+        self._metrics["train"].update(accumulators["metrics"])
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        """Copy what the step has made, and let it be written while training goes on."""
         step = self.state.global_step
-        written = Path(self.args.output_dir) / f"checkpoint-{step}"
-        checkpoints.commit(written, self.run_dir, step=step, facts=self.facts())
+        if self.is_deepspeed_enabled:  # it writes its own files, from every rank
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            own = gather_object([self.accumulators()])
+            if self.args.should_save:
+                written = Path(self.args.output_dir) / f"checkpoint-{step}"
+                self.writer.commit(written, step, state_files(self, own) | self.run_files(), self.facts())
+            self.accelerator.wait_for_everyone()
+            return
+        contents = collect(self)
+        if self.args.should_save:
+            self.writer.save(step, contents | self.run_files(), self.facts())
+
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        load_weights(self.model, Path(checkpoint))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Ours is written at the end, for what a user loads."""

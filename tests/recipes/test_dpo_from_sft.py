@@ -119,12 +119,12 @@ RESUMED = {
 
 @pytest.mark.parametrize("words", RESUMED.values(), ids=RESUMED)
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(train, sft, tmp_path, monkeypatch, words):
-    from llmkit.training.callbacks import StopAtStepEnd
+    from llmkit.training.callbacks import Saving
     from llmkit.training.stopping import StopRequest
 
     words = [DPO, *(f"init_from={sft().run_dir}" if word == "init_from" else word for word in words)]
     words += ["training.max_steps=4", "training.logging_steps=1", "training.eval_steps=4", "evaluation.baseline=true"]
-    stop, end_of_step = StopRequest(), StopAtStepEnd.on_step_end
+    stop, end_of_step = StopRequest(), Saving.on_step_end
 
     def ask_at_step_2(callback, args, state, control, **more):
         stop.signal = "SIGINT" if state.global_step == 2 else None
@@ -132,7 +132,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(train, sft, tmp_path, mo
 
     run_dir = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(StopAtStepEnd, "on_step_end", ask_at_step_2)
+        patch.setattr(Saving, "on_step_end", ask_at_step_2)
         stopped = train(*words, run_dir=run_dir, stop=stop)
     assert stopped.result["status"] == "preempted"
     resumed, straight = train(*words, run_dir=run_dir), train(*words)

@@ -209,10 +209,10 @@ def test_the_training_loss_is_the_mean_over_all_steps(train):
 
 
 def test_a_stopped_run_saves_its_step_and_the_same_config_goes_on_from_it(train, tmp_path, monkeypatch):
-    from llmkit.training.callbacks import StopAtStepEnd
+    from llmkit.training.callbacks import Saving
     from llmkit.training.stopping import StopRequest
 
-    stop, end_of_step = StopRequest(), StopAtStepEnd.on_step_end
+    stop, end_of_step = StopRequest(), Saving.on_step_end
 
     def ask_at_step_3(callback, args, state, control, **more):
         stop.signal = "SIGINT" if state.global_step == 3 else None
@@ -221,7 +221,7 @@ def test_a_stopped_run_saves_its_step_and_the_same_config_goes_on_from_it(train,
     run_dir = tmp_path / "run"
     steps = ["training.max_steps=8", "training.logging_steps=1", "lora.lora_dropout=0.1"]
     with monkeypatch.context() as patch:
-        patch.setattr(StopAtStepEnd, "on_step_end", ask_at_step_3)
+        patch.setattr(Saving, "on_step_end", ask_at_step_3)
         stopped = train(*steps, run_dir=run_dir, stop=stop)
     assert stopped.result["steps"] == 3
     assert stopped.result["status"] == "preempted"

@@ -1,51 +1,147 @@
-"""Checkpoints of a run: `checkpoints/step-00000100/`, which count only once their MANIFEST.json is there."""
+"""Which checkpoints of a run there are: `checkpoints/step-00000100/`, each with a MANIFEST.json that vouches for it.
+
+A checkpoint is written beside, made durable, given its manifest and then its name, in this order. So what has no valid
+manifest does not exist, at whatever instant a process or a machine dies. Imports nothing heavy: the driver asks too.
+"""
 
 import json
 import os
 import re
 import shutil
-from hashlib import sha256
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from llmkit import rundir
+from llmkit import durable, rundir
+from llmkit.errors import LlmkitError
 
 MANIFEST = "MANIFEST.json"
-PARTIAL = ".partial"  # where Transformers writes, before a checkpoint is whole
+PARTIAL = ".partial"  # where Transformers writes; behind a dash and a name, where a checkpoint is before it is whole
+DISCARDED = ".discarded"  # what a checkpoint is called while it is being removed
+STEP = re.compile(r"step-(\d{8,})")
+
+
+class DamagedCheckpoint(LlmkitError):
+    """A checkpoint whose files are not those that its manifest lists."""
+
+
+def name_of(step: int) -> str:
+    """`step-00000100`."""
+    return f"step-{step:08d}"
 
 
 def commit(written: Path, run_dir: Path, *, step: int, facts: dict[str, Any]) -> Path:
-    """Make the files in `written` a checkpoint of `run_dir`: manifest first, then its name, in one rename.
+    """Make the files in `written` the checkpoint of `step`: durable first, then the manifest, then the name.
+
+    A whole checkpoint of that step that is there already stays, and `written` is removed.
 
     Args:
-        facts: what the run must know of itself to go on: the data's fingerprint, the seconds so far.
+        facts: what the manifest says beside `step` and `files` (size in bytes and sha256 of each).
     """
+    target = run_dir / rundir.CHECKPOINTS / name_of(step)
+    if is_committed(target):
+        _remove(written)
+        return target
     files = sorted(path for path in written.rglob("*") if path.is_file())
-    listing = {str(path.relative_to(written)): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-    rundir.write_json(written / MANIFEST, {"step": step, **facts, "files": listing})
-    target = run_dir / rundir.CHECKPOINTS / f"step-{step:08d}"
-    shutil.rmtree(target, ignore_errors=True)
+    listing = {
+        path.relative_to(written).as_posix(): {"size": path.stat().st_size, "sha256": durable.sha256_of(path)}
+        for path in files
+    }
+    return adopt(written, run_dir, {"step": step, **facts, "files": listing})
+
+
+def adopt(written: Path, run_dir: Path, saved: dict[str, Any]) -> Path:
+    """Make the files in `written`, which are those that the manifest `saved` lists, a checkpoint of the run."""
+    target = run_dir / rundir.CHECKPOINTS / name_of(saved["step"])
+    durable.sync_tree(written)
+    durable.write_text(written / MANIFEST, json.dumps(saved, indent=2) + "\n")
+    if target.exists():
+        _remove(target)
     os.replace(written, target)
+    durable.sync(target.parent)
     return target
+
+
+def committed(run_dir: Path) -> list[Path]:
+    """The committed checkpoints of a run, oldest first."""
+    folder = run_dir / rundir.CHECKPOINTS
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if STEP.fullmatch(path.name) and is_committed(path)]
+    return sorted(found, key=step_of)
 
 
 def latest(run_dir: Path) -> Path | None:
     """The newest committed checkpoint of a run, or None."""
-    folder = run_dir / rundir.CHECKPOINTS
-    if not folder.is_dir():
-        return None
-    committed = [p for p in folder.iterdir() if re.fullmatch(r"step-\d{8}", p.name) and (p / MANIFEST).is_file()]
-    return max(committed, default=None)
+    return max(committed(run_dir), default=None, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step a checkpoint's name tells."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def is_committed(checkpoint: Path) -> bool:
+    """Whether a manifest is there and every file it lists has its size; `verify` looks at the bytes too."""
+    try:
+        files = read_manifest(checkpoint)["files"]
+        return all((checkpoint / name).stat().st_size == about["size"] for name, about in files.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """What a committed checkpoint says of itself: `step`, `dataset_fingerprint`, `seconds`, `files`."""
+    """What a committed checkpoint says of itself: `step`, `files`, and the facts it was committed with."""
     return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
 
 
-def _sha256(path: Path) -> str:
-    digest = sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def verify(checkpoint: Path) -> None:
+    """Read every byte. Raises DamagedCheckpoint if one is not as it was written."""
+    for name, about in read_manifest(checkpoint)["files"].items():
+        if durable.sha256_of(checkpoint / name) != about["sha256"]:
+            raise DamagedCheckpoint(f"{checkpoint / name} is not what was saved (its sha256 differs)")
+
+
+def best(checkpoints: Collection[Path]) -> Path | None:
+    """The checkpoint whose evaluation had the lowest loss; None if none was evaluated at its step."""
+    losses = {path: read_manifest(path).get("eval_loss") for path in checkpoints}
+    evaluated = {path: loss for path, loss in losses.items() if loss is not None}
+    return min(evaluated, default=None, key=lambda path: (evaluated[path], step_of(path)))
+
+
+def rotate(run_dir: Path, *, keep: int, needed: Collection[Path] = ()) -> None:
+    """Remove all but the `keep` newest checkpoints, the best, and those in `needed`; and what was left half-made.
+
+    The newest always stays. Called after a commit, never before.
+    """
+    there = committed(run_dir)
+    staying = {*there[-max(keep, 1) :], *needed}
+    if chosen := best(there):
+        staying.add(chosen)
+    for path in there:
+        if path not in staying:
+            _remove(path)
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """What a killed process had begun: written but not committed, or removed but not gone. Needs the run's lock."""
+    folder = run_dir / rundir.CHECKPOINTS
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.startswith((f"{PARTIAL}-", f"{DISCARDED}-")):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint so that it does not count any more, and nothing of it is lost."""
+    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(checkpoint, aside)
+    return aside
+
+
+def _remove(directory: Path) -> None:
+    """Under another name first: a half-removed directory must not look like a checkpoint."""
+    discarded = directory.with_name(f"{DISCARDED}-{directory.name}")
+    shutil.rmtree(discarded, ignore_errors=True)
+    os.replace(directory, discarded)
+    shutil.rmtree(discarded, ignore_errors=True)

@@ -1,0 +1,105 @@
+"""What a checkpoint holds: collected from a trainer, and given back to one. File names are Transformers' and PEFT's.
+
+| file | content |
+|---|---|
+| `adapter_model.safetensors`, `adapter_config.json` | the adapter, as PEFT loads it |
+| `model.safetensors`, `config.json` | without an adapter: the trained weights; of method=full that is the whole model |
+| `optimizer.pt`, `scheduler.pt`, `scaler.pt` | state dicts, read with `weights_only` |
+| `rng_state.pth` (`rng_state_<rank>.pth`) | Python's, NumPy's, torch's random states |
+| `trainer_state.json`, `accumulators.json` | step and epoch; the sums behind the next log event, of each rank |
+"""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import load_file
+from torch import nn
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, MODEL_CONFIG = "model.safetensors", "config.json"
+ACCUMULATORS = "accumulators.json"
+ADAPTER = "default"
+
+
+def collect(trainer: Any) -> dict[str, Any]:
+    """File name -> what is to be written there: tensors (by reference), state dicts, or text. Every rank takes part.
+
+    Tensors go on changing with the next step; copy them before (see saving.py).
+    """
+    ranks = gather_object([{"rng": _rng_state(trainer), "accumulators": trainer.accumulators()}])
+    alone = len(ranks) == 1
+    contents = _weights(trainer.model)
+    contents |= {OPTIMIZER_NAME: trainer.optimizer.state_dict(), SCHEDULER_NAME: trainer.lr_scheduler.state_dict()}
+    if trainer.accelerator.scaler is not None:
+        contents[SCALER_NAME] = trainer.accelerator.scaler.state_dict()
+    for rank, states in enumerate(ranks):
+        contents["rng_state.pth" if alone else f"rng_state_{rank}.pth"] = states["rng"]
+    return contents | state_files(trainer, [states["accumulators"] for states in ranks])
+
+
+def state_files(trainer: Any, accumulators: list[dict[str, Any]]) -> dict[str, str]:
+    """The files of JSON: what Transformers keeps of itself, and what it forgets between two log events."""
+    trainer.store_flos()
+    for callback in [*trainer.callback_handler.callbacks, trainer.control]:
+        if isinstance(callback, ExportableState):
+            trainer.state.stateful_callbacks[type(callback).__name__] = callback.state()
+    state = json.dumps(dataclasses.asdict(trainer.state), indent=2, sort_keys=True)
+    return {TRAINER_STATE_NAME: state + "\n", ACCUMULATORS: json.dumps(accumulators) + "\n"}
+
+
+def load_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Put a checkpoint's weights into the model they came from. Raises RuntimeError if they are another model's."""
+    if (checkpoint / ADAPTER_WEIGHTS).exists():
+        from peft import set_peft_model_state_dict
+
+        loaded: Any = set_peft_model_state_dict(model, load_file(checkpoint / ADAPTER_WEIGHTS), adapter_name=ADAPTER)
+        strangers = loaded.unexpected_keys
+    else:
+        saved = load_file(checkpoint / WEIGHTS)
+        strangers = model.load_state_dict(saved, strict=False).unexpected_keys
+        strangers += sorted({name for name, p in model.named_parameters() if p.requires_grad} - saved.keys())
+    if strangers:
+        raise RuntimeError(f"{checkpoint} holds the weights of another model: {', '.join(strangers[:3])}")
+
+
+def load_accumulators(trainer: Any, checkpoint: Path) -> None:
+    """Give a trainer that has just begun to train the sums of the log interval it was saved in."""
+    ranks = json.loads((checkpoint / ACCUMULATORS).read_text(encoding="utf-8"))
+    if trainer.args.process_index < len(ranks):  # else it was saved by fewer, and resume_allow lets it go on
+        trainer.take_up(ranks[trainer.args.process_index])
+
+
+def _weights(model: Any) -> dict[str, Any]:
+    if ADAPTER in getattr(model, "peft_config", {}):
+        from peft import get_peft_model_state_dict
+
+        settings = model.peft_config[ADAPTER].to_dict() | {"inference_mode": True}
+        config = json.dumps(settings, indent=2, sort_keys=True, default=_plain)
+        # Rows of new tokens are saved as such, the matrices they stand in are not.
+        adapter = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+        return {ADAPTER_WEIGHTS: adapter, ADAPTER_CONFIG: config + "\n"}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {WEIGHTS: trained, MODEL_CONFIG: model.config.to_json_string()}
+
+
+def _rng_state(trainer: Any) -> dict[str, Any]:
+    """In the form that Transformers' `_load_rng_state` reads."""
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.random.get_rng_state()}
+    if trainer.args.device.type == "cuda":
+        # With several processes Transformers sets the states of all devices that each one sees.
+        several = trainer.args.world_size > 1
+        states["cuda"] = torch.cuda.get_rng_state_all() if several else torch.cuda.get_rng_state()
+    return states
+
+
+def _plain(value: Any) -> Any:
+    """Sets, enums and the like, as PEFT writes them."""
+    return sorted(value) if isinstance(value, set) else getattr(value, "value", str(value))

@@ -1,0 +1,103 @@
+"""What a run goes on from: looked up before anything else, brought here if it is elsewhere, said in one line."""
+
+from pathlib import Path
+from typing import Any
+
+from llmkit import config as configuration
+from llmkit import rundir
+from llmkit.config import TrainConfig
+from llmkit.errors import ConfigError
+from llmkit.storage import Place, open_place
+from llmkit.storage.errors import DamagedError
+from llmkit.training.checkpoints import manifest
+from llmkit.training.checkpoints.remote import RemoteRun, read_config, run_place
+from llmkit.training.console import RunConsole
+
+OWN = ("auto", "never")
+
+
+def bring_checkpoint(config: TrainConfig, run_dir: Path, console: RunConsole) -> None:
+    """Have the checkpoint that the run is to go on from among its own, and say which and why.
+
+    Raises:
+        ConfigError: `resume` names no checkpoint, or one of another config.
+        StorageError: the place did not answer as it should. "Not there" is an answer; nothing else starts afresh.
+    """
+    own = manifest.latest(run_dir)
+    if config.resume not in OWN:
+        if own is None:
+            own = _from_elsewhere(config, run_dir, console)
+            why = f"resume={config.resume}"
+        else:
+            why = f"its own newest; resume={config.resume} has been taken up before"
+    else:
+        why = "its newest checkpoint"
+        remote = run_place(config, run_dir)
+        if remote is not None and config.resume == "auto":
+            own, why = _newer_of(own, RemoteRun(remote), config, run_dir, console)
+    if own is None:
+        console.fact("resume", "nothing to go on from: the run starts from the beginning")
+    else:
+        console.fact("resume", f"goes on from step {manifest.step_of(own)} ({why})")
+
+
+def _newer_of(
+    own: Path | None, remote: RemoteRun, config: TrainConfig, run_dir: Path, console: RunConsole
+) -> tuple[Path | None, str]:
+    there = remote.checkpoints()
+    for step in reversed(there):
+        if own is not None and manifest.step_of(own) >= step:
+            break
+        _check_config(remote.place.place(f"{rundir.CHECKPOINTS}/{manifest.name_of(step)}"), config, run_dir)
+        try:
+            return _fetch(remote, step, there[step], config, run_dir, console), f"the newest at {remote.place.url}"
+        except DamagedError as error:
+            console.warn(f"{error} The one before is taken.")
+    return own, "its newest checkpoint"
+
+
+def _from_elsewhere(config: TrainConfig, run_dir: Path, console: RunConsole) -> Path:
+    """The checkpoint that `resume` names: that of a run, or one checkpoint's directory."""
+    place, step = _run_and_step(config.resume, config)
+    remote = RemoteRun(place)
+    there = remote.checkpoints()
+    if not there or (step is not None and step not in there):
+        near = f" Complete ones there: {', '.join(map(str, there))}." if there else ""
+        raise ConfigError(
+            f"resume={config.resume}: {place.url} holds no complete checkpoint; name a run's directory, one of its "
+            f"checkpoints, or auto.{near}"
+        )
+    step = max(there) if step is None else step
+    _check_config(place.place(f"{rundir.CHECKPOINTS}/{manifest.name_of(step)}"), config, run_dir)
+    return _fetch(remote, step, there[step], config, run_dir, console)
+
+
+def _run_and_step(resume: str, config: TrainConfig) -> tuple[Place, int | None]:
+    """The run that `resume` names, and the step if it names one checkpoint."""
+    parts = resume.rstrip("/").split("/")
+    if (match := manifest.STEP.fullmatch(parts[-1])) and parts[-2:-1] == [rundir.CHECKPOINTS]:
+        return open_place("/".join(parts[:-2]) or ".", config.storage), int(match[1])
+    return open_place(resume.rstrip("/") or "/", config.storage), None
+
+
+def _check_config(checkpoint: Place, config: TrainConfig, run_dir: Path) -> None:
+    """Compare with the config that the checkpoint was made with, which it holds."""
+    earlier = read_config(checkpoint)
+    if earlier is None:
+        raise ConfigError(f"{checkpoint.url} holds no {rundir.CONFIG}; it is not llmkit's.")
+    if changed := configuration.differences(earlier, config):
+        keys = ",".join(line.partition(":")[0] for line in changed)
+        raise ConfigError(
+            f"{checkpoint.url} was made with another config. Choose another name=, go back to its values, or go on all "
+            f"the same with resume_allow=[{keys}]: {'; '.join(changed)}."
+        )
+    configuration.adopt_findings(config, earlier)
+    configuration.save(config, run_dir)
+
+
+def _fetch(
+    remote: RemoteRun, step: int, saved: dict[str, Any], config: TrainConfig, run_dir: Path, console: RunConsole
+) -> Path:
+    size = sum(about["size"] for about in saved["files"].values())
+    console.fact("fetching", f"step {step} from {remote.place.url}, {size / 1e6:,.0f} MB")
+    return remote.fetch(step, saved, run_dir, trust=config.checkpoint.trust or not remote.place.url.startswith("s3:"))

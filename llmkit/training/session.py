@@ -2,7 +2,6 @@
 
 import shlex
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -15,11 +14,7 @@ from llmkit import rundir
 from llmkit.config import TrainConfig
 from llmkit.config.schema import FIGURES_OF_RECIPE
 from llmkit.training.arguments import total_steps
-from llmkit.training.callbacks import BestWeights, Reporting, Samples, Saving
-from llmkit.training.checkpoints.manifest import read_manifest, step_of
-from llmkit.training.checkpoints.mirror import Mirror
-from llmkit.training.checkpoints.remote import RemoteRun, run_place
-from llmkit.training.checkpoints.saving import CheckpointWriter
+from llmkit.training.callbacks import BestWeights, Reporting, Samples
 from llmkit.training.console import RunConsole
 from llmkit.training.delivery import base_model, model_card, save_final, serve_command
 from llmkit.training.facts import device_name
@@ -29,7 +24,7 @@ from llmkit.training.generation import AnswerGenerator
 from llmkit.training.memory import peak_memory
 from llmkit.training.metrics import MetricsFile, draw_losses, last_tokens, mean_loss, read_metrics
 from llmkit.training.ready import Ready
-from llmkit.training.resuming import facts, records, restore_records
+from llmkit.training.saves import Saves
 from llmkit.training.stopping import StopRequest
 from llmkit.training.tracking import start_tracker
 from llmkit.training.versions import versions
@@ -55,14 +50,10 @@ class Session:
     ):
         self.config, self.run_dir, self.trainer, self.data = config, run_dir, trainer, ready.data
         self.tokenizer, self.console, self.stop = ready.tokenizer, console, stop
-        self.checkpoint, self.start = ready.checkpoint, ready.start
-        saved = read_manifest(self.checkpoint) if self.checkpoint else {}
-        self.began = time.monotonic() - saved.get("seconds", 0.0)
-        goes_on = self.checkpoint is not None
-        if self.checkpoint is not None:
-            restore_records(run_dir, self.checkpoint)
+        self.saves = Saves(config, run_dir, ready, console)
+        goes_on = self.saves.origin is not None
         self.asked = figures(self)
-        earlier = [r for r in read_metrics(run_dir) if r["step"] == 0] if self.checkpoint else []
+        earlier = [r for r in read_metrics(run_dir) if r["step"] == 0] if goes_on else []
         names = ["eval_loss", *(figure.name for figure in self.asked)]
         self.base: dict[str, float] = {k: r[k] for r in earlier for k in names if k in r}
         self.figures: dict[str, float] = {}
@@ -71,7 +62,7 @@ class Session:
         self.final_is = "last"
         self.metrics = MetricsFile(run_dir, goes_on=goes_on)
         (run_dir / rundir.NON_FINITE_BATCH).unlink(missing_ok=True)
-        self.tracker = start_tracker(config, run_dir, run_id=saved.get("tracker"))
+        self.tracker = start_tracker(config, run_dir, run_id=self.saves.earlier.get("tracker"))
         self.generator = AnswerGenerator(
             trainer.model, self.tokenizer, max_new_tokens=config.evaluation.max_new_tokens, autocast=ready.autocast
         )
@@ -83,16 +74,7 @@ class Session:
         if config.training.final == "best" and self.data.validation:
             self.best = BestWeights(trainer.model, run_dir, goes_on=goes_on)
             trainer.add_callback(self.best)
-        trainer.add_callback(Saving(trainer, stop, checkpoint=self.checkpoint, minutes=config.checkpoint.minutes))
-        trainer.writer = CheckpointWriter(run_dir, keep=config.checkpoint.keep, warn=console.warn)
-        self.mirror: Mirror | None = None
-        if (place := run_place(config, run_dir)) is not None:
-            self.mirror = Mirror(RemoteRun(place), run_dir, keep=config.checkpoint.keep, warn=console.warn)
-            trainer.writer.committed = self.mirror.offer
-            console.fact("mirror", place.url)
-        trainer.stop = stop
-        trainer.run_files = lambda: records(run_dir)
-        trainer.facts = self._facts
+        self.saves.begin(trainer, stop, self.metrics, self.tracker)
         if self.tracker.where:
             console.fact("tracking", self.tracker.where)
 
@@ -103,29 +85,15 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.console.end()
-        if self.mirror is not None:
-            self.mirror.close(wait=self.config.checkpoint.patience_s)
+        self.saves.end()
         self.metrics.close()
         plot = draw_losses(self.run_dir)
         summary = {**self.figures, "train_loss": mean_loss(read_metrics(self.run_dir))}
         self.tracker.finish(plots=[plot] if plot else [], summary=summary, failed=kind is not None)
 
-    def _facts(self) -> dict[str, Any]:
-        """What the manifest of a checkpoint made now says."""
-        return facts(
-            self.config,
-            self.run_dir,
-            dataset_fingerprint=self.data.fingerprint,
-            start_fingerprint=self.start,
-            seconds=time.monotonic() - self.began,
-            tracker=self.tracker.run_id,
-            eval_loss=self.metrics.eval_loss_at(self.trainer.state.global_step),
-            evaluation_pending=self.trainer.evaluation_pending,
-        )
-
     def measure_base(self) -> None:
         """The figures of the model as it starts, which those after training stand beside."""
-        if self.checkpoint or not self.config.evaluation.baseline:
+        if self.saves.origin or not self.config.evaluation.baseline:
             return
         self.console.fact("before", "figures and answers of the model as it starts")
         self.base = self._measure()
@@ -133,10 +101,11 @@ class Session:
     def train(self) -> None:
         """Train to the end, or to the step at which a stop was asked for; every checkpoint is then on the disk."""
         steps = total_steps(self.config.training, len(self.data.train.dataset))
-        if self.checkpoint is not None and step_of(self.checkpoint) >= steps:
-            self._take_up_the_last_step(self.checkpoint)
+        origin = self.saves.origin
+        if origin is not None and self.saves.step >= steps:
+            self._take_up_the_last_step(origin)
         else:
-            self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+            self.trainer.train(resume_from_checkpoint=str(origin) if origin else None)
         self.console.end()
         self.trainer.writer.wait()
         self.stopped = self.trainer.state.global_step < self.trainer.state.max_steps
@@ -215,7 +184,7 @@ class Session:
             self.console.table(str(self.run_dir), ["", *(["before"] if self.base else []), "after"], rows)
 
     def _result(self) -> dict[str, Any]:
-        config, state, seconds = self.config, self.trainer.state, time.monotonic() - self.began
+        config, state, seconds = self.config, self.trainer.state, self.saves.seconds
         records = read_metrics(self.run_dir)
         rates = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
         train_loss = mean_loss(records)

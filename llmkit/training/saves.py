@@ -1,0 +1,104 @@
+"""The checkpoints of one run as it trains: what it takes up of an earlier one, those it makes, their copy elsewhere."""
+
+import hashlib
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from llmkit import durable, rundir
+from llmkit.config import TrainConfig
+from llmkit.training.callbacks import Saving
+from llmkit.training.checkpoints.manifest import read_manifest, step_of
+from llmkit.training.checkpoints.mirror import Mirror
+from llmkit.training.checkpoints.remote import RemoteRun, run_place
+from llmkit.training.checkpoints.saving import CheckpointWriter
+from llmkit.training.console import RunConsole
+from llmkit.training.metrics import MetricsFile
+from llmkit.training.ready import Ready
+from llmkit.training.stopping import StopRequest
+from llmkit.training.tracking import NoTracker
+from llmkit.training.versions import versions
+
+# Of the run directory: in a checkpoint as they were at its step.
+RECORDS = (rundir.CONFIG, rundir.METRICS, rundir.SAMPLES)
+BEST_WEIGHTS = "best.safetensors"  # in a checkpoint; see callbacks.BestWeights
+
+
+class Saves:
+    """Made before the run's files are opened, which it puts back to where they were at the checkpoint."""
+
+    def __init__(self, config: TrainConfig, run_dir: Path, ready: Ready, console: RunConsole):
+        self.config, self.run_dir, self.console = config, run_dir, console
+        self.origin = ready.checkpoint
+        self.earlier = read_manifest(self.origin) if self.origin else {}
+        self._fingerprints = {"dataset_fingerprint": ready.data.fingerprint, "start_fingerprint": ready.start}
+        self._began = time.monotonic() - self.earlier.get("seconds", 0.0)
+        self._mirror: Mirror | None = None
+        if self.origin is not None:
+            restore_records(run_dir, self.origin)
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken, with what led to the checkpoint it goes on from."""
+        return time.monotonic() - self._began
+
+    @property
+    def step(self) -> int:
+        """The step that the run goes on from; 0 if it starts."""
+        return step_of(self.origin) if self.origin else 0
+
+    def begin(self, trainer: Any, stop: StopRequest, metrics: MetricsFile, tracker: NoTracker) -> None:
+        """Have the trainer save when it is time to, and stop, saved, when it is asked to."""
+        checkpoint = self.config.checkpoint
+        trainer.add_callback(Saving(trainer, stop, checkpoint=self.origin, minutes=checkpoint.minutes))
+        trainer.stop = stop
+        trainer.writer = CheckpointWriter(self.run_dir, keep=checkpoint.keep, warn=self.console.warn)
+        trainer.run_files = lambda: records(self.run_dir)
+        trainer.facts = lambda: self._facts(trainer, metrics, tracker)
+        if (place := run_place(self.config, self.run_dir)) is not None:
+            self._mirror = Mirror(RemoteRun(place), self.run_dir, keep=checkpoint.keep, warn=self.console.warn)
+            trainer.writer.committed = self._mirror.offer
+            self.console.fact("mirror", place.url)
+
+    def end(self) -> None:
+        """Let what is on its way to the copy arrive; the worker sends what is then missing."""
+        if self._mirror is not None:
+            self._mirror.close(wait=self.config.checkpoint.patience_s)
+
+    def _facts(self, trainer: Any, metrics: MetricsFile, tracker: NoTracker) -> dict[str, Any]:
+        """What the manifest of a checkpoint made now says, beside its files."""
+        hardware = self.config.hardware
+        return {
+            "world_size": hardware.num_processes * hardware.num_nodes,
+            "config_hash": hashlib.sha256((self.run_dir / rundir.CONFIG).read_bytes()).hexdigest(),
+            **self._fingerprints,
+            "seconds": self.seconds,
+            "tracker": tracker.run_id,
+            "eval_loss": metrics.eval_loss_at(trainer.state.global_step),
+            "evaluation_pending": trainer.evaluation_pending,
+            "versions": versions(),
+        }
+
+
+def restore_records(run_dir: Path, checkpoint: Path) -> None:
+    """Give the run the metrics, samples and best weights that it had at the checkpoint's step."""
+    for name in (rundir.METRICS, rundir.SAMPLES):
+        if (checkpoint / name).exists():
+            shutil.copyfile(checkpoint / name, run_dir / name)
+        else:
+            (run_dir / name).unlink(missing_ok=True)
+    best = run_dir / rundir.BEST_WEIGHTS
+    best.unlink(missing_ok=True)
+    if (checkpoint / BEST_WEIGHTS).exists():
+        durable.second_name(checkpoint / BEST_WEIGHTS, best)
+
+
+def records(run_dir: Path) -> dict[str, Any]:
+    """What of the run directory goes into a checkpoint: file name -> text, or the file."""
+    kept: dict[str, Any] = {
+        name: (run_dir / name).read_text(encoding="utf-8") for name in RECORDS if (run_dir / name).exists()
+    }
+    if (run_dir / rundir.BEST_WEIGHTS).exists():
+        kept[BEST_WEIGHTS] = run_dir / rundir.BEST_WEIGHTS
+    return kept

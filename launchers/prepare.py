@@ -45,8 +45,8 @@ def finished_elsewhere(config: TrainConfig, run_dir: Path) -> tuple[str, dict] |
         return None
     if config.resume == "never":
         raise ConfigError(
-            f"resume=never: {place.url} holds a run already, which a run that starts over would mix with; choose another "
-            "name= or checkpoint.remote=, or remove it."
+            f"resume=never: {place.url} holds a run already, which a run that starts over would mix with; choose "
+            "another name= or checkpoint.remote=, or remove it."
         )
     _refuse_other(earlier, config, f"{place.url} holds a run")
     result = remote.result()

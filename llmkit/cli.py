@@ -16,7 +16,7 @@ VERBS = {
     "train": "fine-tune a model, or sweep (-m)",
     "resume": "go on with a run that was interrupted",
     "preview": "show what a run would learn, token by token, and audit its data",
-    "fetch": "turn what a Python file of yours yields into checked data",
+    "fetch": "bring a model or data to a directory or a bucket, verified",
     "export": "copy a run to a bucket or a directory",
     "doctor": "show what this machine has and what is missing",
 }

@@ -44,7 +44,7 @@ def _export(argv: list[str]) -> int:
     checkpoints = None if settings.get("checkpoints") == "true" else 0
     with rundir.lock(run_dir):  # a run at work changes what is copied
         if not (run_dir / rundir.FINAL).is_dir() and checkpoints == 0:
-            raise ConfigError(f"run={run_dir} has no {rundir.FINAL}/ yet; checkpoints=true copies what it goes on from.")
+            raise ConfigError(f"run={run_dir} has no {rundir.FINAL}/ yet; checkpoints=true copies its checkpoints.")
         publish(RemoteRun(place), run_dir, checkpoints=checkpoints)
     print(f"{place.url} holds {run_dir}")
     return EXIT_DONE

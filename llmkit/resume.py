@@ -15,7 +15,7 @@ Goes on with a run as its own config.yaml says, from its newest whole checkpoint
 Without RUN_DIR: the newest unfinished run under runs/. A run that is finished says so.
 
   RUN_DIR     a run's directory; or s3://bucket/.../NAME, where checkpoint.remote kept it: it goes on in runs/NAME
-  KEY=VALUE   only what does not change the result (checkpoint.keep=5, tracking=none), unless resume_allow=[KEY] names it
+  KEY=VALUE   what does not change the result (checkpoint.keep=5, tracking=none); anything else with resume_allow=[KEY]
 
 Examples:
   llmkit resume

@@ -23,6 +23,7 @@ from llmkit.config import TrainConfig, load
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError, LlmkitError, Stopped
 from llmkit.hangup import keep_output
 from llmkit.processes import die_with_parent
+from llmkit.remote import reach_with
 from llmkit.training.advice import is_out_of_memory, reason, untried_changes
 from llmkit.training.checkpoints.mirror import publish
 from llmkit.training.checkpoints.remote import RemoteRun, run_place
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     except LlmkitError as error:
         print_error(error)
         return error.exit_code
+    reach_with(config.storage)
     with lock:
         os.environ.update(config.hardware.env)
         hide_unused_libraries(config)

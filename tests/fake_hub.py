@@ -1,5 +1,7 @@
 """A Hugging Face hub on this machine: serves directories as models or data sets, and refuses as the hub does.
 
+Like the hub it keeps weights as large files (LFS), whose digest is a SHA-256, and others as git does.
+
     with FakeHub({"org/tiny": directory, "datasets/org/rows": directory}, gated={"org/gated"}) as hub:
         subprocess.run(..., env=os.environ | hub.environment(tmp_path / "hf-home"))
 
@@ -8,6 +10,7 @@ A process reads HF_ENDPOINT when it imports huggingface_hub, so whoever is to us
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Set
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,12 +26,18 @@ class FakeHub:
 
     A data set's id begins with `datasets/`, as on the hub.
 
-    `requests` lists what was asked for: ("HEAD", "/org/tiny/resolve/main/config.json"), ...
+    `requests` lists what was asked for: ("HEAD", "/org/tiny/resolve/main/config.json"), ... `commit` is the one that
+    `main` stands for. What goes wrong, by the name of the file: `damaged` is sent with a byte changed, of `lost` the
+    connection breaks half-way, each as often as its number says; `held` comes after so many seconds.
     """
 
     def __init__(self, models: Mapping[str, Path], gated: Set[str] = frozenset()):
         self.models, self.gated = models, gated
         self.requests: list[tuple[str, str]] = []
+        self.damaged: dict[str, int] = {}
+        self.lost: dict[str, int] = {}
+        self.held: dict[str, float] = {}
+        self.commit = COMMIT
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -39,6 +48,10 @@ class FakeHub:
     def __exit__(self, *_: object) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+    def downloads(self, name: str) -> int:
+        """How often the file `name` was asked for as a whole."""
+        return sum(command == "GET" and path.endswith(f"/{name}") for command, path in self.requests)
 
     def environment(self, home: Path) -> dict[str, str]:
         """What a process needs to use this hub, with its cache in `home`."""
@@ -72,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(401, "GatedRepo", f"Access to model {model} is restricted. Please log in.")
         elif model not in self.hub.models:
             self._refuse(401, "RepoNotFound", "Invalid username or password.")
-        elif revision not in ("", "main", COMMIT):
+        elif revision not in ("", "main", self.hub.commit):
             self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         elif kind == "resolve":
             self._file(self.hub.models[model] / wanted)
@@ -90,26 +103,37 @@ class _Handler(BaseHTTPRequestHandler):
             self._facts(model)
 
     def _file(self, file: Path) -> None:
-        if file.is_file():
-            content = file.read_bytes()
-            self._send(200, content, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT})
-        else:
+        if not file.is_file():
             self._refuse(404, "EntryNotFound", "Entry not found")
+            return
+        content = file.read_bytes()
+        headers = {"ETag": f'"{_digest(file)}"', "X-Repo-Commit": self.hub.commit, "X-Linked-Size": str(len(content))}
+        if self.command == "GET":
+            time.sleep(self.hub.held.get(file.name, 0.0))
+        if self.command == "GET" and self.hub.damaged.get(file.name, 0):
+            self.hub.damaged[file.name] -= 1
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        if self.command == "GET" and self.hub.lost.get(file.name, 0):
+            self.hub.lost[file.name] -= 1
+            self._send(200, content[: len(content) // 2], headers | {"Content-Length": str(len(content))})
+            self.close_connection = True
+            return
+        self._send(200, content, headers)
 
     def _facts(self, model: str) -> None:
-        files = sorted(file for file in self.hub.models[model].iterdir() if file.is_file())
-        name = model.removeprefix("datasets/")
-        self._json({"id": name, "sha": COMMIT, "siblings": [{"rfilename": file.name} for file in files]})
+        root = self.hub.models[model]
+        files = [_sibling(root, file) for file in sorted(root.rglob("*")) if file.is_file()]
+        self._json({"id": model.removeprefix("datasets/"), "sha": self.hub.commit, "siblings": files})
 
     def _json(self, value: Any) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _refuse(self, status: int, code: str, message: str) -> None:
-        self._send(status, b"", {"X-Error-Code": code, "X-Error-Message": message, "X-Repo-Commit": COMMIT})
+        self._send(status, b"", {"X-Error-Code": code, "X-Error-Message": message, "X-Repo-Commit": self.hub.commit})
 
     def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for key, value in (headers | {"Content-Length": str(len(content))}).items():
+        for key, value in ({"Content-Length": str(len(content))} | headers).items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
@@ -119,13 +143,26 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing: `requests` keeps them."""
 
 
+def _is_large(file: Path) -> bool:
+    return file.suffix in (".safetensors", ".bin")
+
+
+def _digest(file: Path) -> str:
+    """The SHA-256 of a large file, git's SHA-1 of another."""
+    content = file.read_bytes()
+    if _is_large(file):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _sibling(root: Path, file: Path) -> dict[str, Any]:
+    size = file.stat().st_size
+    facts = {"rfilename": file.relative_to(root).as_posix(), "size": size, "blobId": _digest(file)[:40]}
+    return facts | ({"lfs": {"sha256": _digest(file), "size": size, "pointerSize": 134}} if _is_large(file) else {})
+
+
 def _entry(root: Path, path: Path) -> dict[str, Any]:
     name = path.relative_to(root).as_posix()
     if path.is_dir():
         return {"type": "directory", "path": name, "oid": COMMIT}
-    return {
-        "type": "file",
-        "path": name,
-        "size": path.stat().st_size,
-        "oid": hashlib.sha1(path.read_bytes()).hexdigest(),
-    }
+    return {"type": "file", "path": name, "size": path.stat().st_size, "oid": _digest(path)[:40]}

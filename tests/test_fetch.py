@@ -420,6 +420,14 @@ def test_what_an_exception_was_raised_from_is_shown_too(script, to, capsys):
     assert "mine.py:4, in rows: {}['key']" in err
 
 
+def test_an_environment_variable_that_is_not_set_is_named_as_one(to, script, monkeypatch, capsys):
+    monkeypatch.delenv("MY_FILE", raising=False)
+    path = script("import os\ndef rows():\n    yield {'text': os.environ['MY_FILE']}\n")
+
+    err = refused(capsys, run(path, to), "the environment variable MY_FILE is not set")
+    assert "KeyError" not in err
+
+
 def test_a_script_that_is_not_there_is_named(tmp_path, to, capsys):
     refused(capsys, run(tmp_path / "nowhere.py", to), "nowhere.py", "No such file")
 
@@ -627,8 +635,8 @@ def test_a_disk_that_fails_is_told_and_leaves_nothing_behind(script, to, tmp_pat
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], ["data.script=FILE.py is missing", "to=DIR is missing", "--help"]),
-        (["data.script=a.py"], ["to=DIR is missing"]),
+        ([], ["what to fetch is missing", "data.script=FILE.py", "to=PLACE is missing", "--help"]),
+        (["data.script=a.py"], ["to=PLACE is missing"]),
         (["script=a.py", "to=b"], ["Did you mean 'data.script'?"]),
         (["a.py", "to=b"], ["Did you mean data.script=a.py?"]),
         (["data.scripts=a.py", "too=b"], ["'data.script'?", "'to'?"]),
@@ -637,6 +645,16 @@ def test_a_disk_that_fails_is_told_and_leaves_nothing_behind(script, to, tmp_pat
         (["data.script=a.py", "to=b", "to=c"], ["to is given twice: b and c"]),
         (["data.script=a.py", "to=b", "limit=0"], ["limit=0", "above 0"]),
         (["data.script=a.py", "to=b", "limit=many"], ["limit=many"]),
+        (["data.script=a.py", "model=tiny", "to=b"], ["data.script and model", "one of them"]),
+        (["model=phi2,tinyllama", "to=b"], ["add -m"]),
+        (["-m", "model.hub_id=org/name", "to=b"], ["-m", "model=NAME,NAME"]),
+        (["-m", "data=gsm8k", "to=b"], ["-m", "one by one"]),
+        (["model=phi2", "to=b", "limit=3"], ["limit", "no rows"]),
+        (["data=gsm8k", "to=b", "allow=[*.json]"], ["allow", "only models"]),
+        (["data=gsm8k", "data.max_length=3", "to=b"], ["data.max_length=3: fetch takes"]),
+        (["model=phi3", "to=b"], ["model=phi3", "Did you mean 'phi2'?"]),
+        (["model=tiny", "to=b"], ["model=tiny", "not from the hub"]),
+        (["model=phi2", "to=gs://bucket/models"], ["gs://", "s3://BUCKET/PATH"]),
     ],
 )
 def test_a_wrong_command_names_all_its_mistakes(capsys, argv, words):
@@ -721,4 +739,4 @@ def test_the_dialogue_example_makes_turns_between_special_tokens(to, tmp_path, m
 def test_the_dialogue_example_names_what_it_misses(to, monkeypatch, capsys):
     monkeypatch.delenv("DIALOGUES", raising=False)
 
-    refused(capsys, run(EXAMPLES / "dialogue_zip.py", to), "KeyError: 'DIALOGUES'", "dialogue_zip.py:")
+    refused(capsys, run(EXAMPLES / "dialogue_zip.py", to), "the environment variable DIALOGUES has to name the zip")

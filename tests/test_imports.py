@@ -23,10 +23,12 @@ FLOORS = [
     ["llmkit.launchers", "llmkit.worker"],
     ["llmkit.recipes"],
     ["llmkit.training", "llmkit.serving"],
-    ["llmkit.data", "llmkit.model", "llmkit.storage"],
+    ["llmkit.data", "llmkit.model"],
     [
         *("llmkit.config", "llmkit.rundir", "llmkit.errors", "llmkit.cli", "llmkit.processes", "llmkit.conf"),
         *("llmkit.durable", "llmkit.hangup"),
+        # Storage needs nothing of config but its own settings, and config asks it what an address holds.
+        *("llmkit.storage", "llmkit.remote", "llmkit.byte_progress"),
     ],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

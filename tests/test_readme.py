@@ -29,6 +29,8 @@ def workplace(tmp_path_factory, tiny_model_dir):
     pairs = [{"prompt": f"{n}?", "chosen": str(n), "rejected": "no"} for n in range(40)]
     (directory / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (directory / "my.yaml").write_text(re.search(r"```yaml\n(.*?)```", README, re.S)[1])
+    script = 'def rows():\n    for n in range(40):\n        yield {"question": f"{n}?", "answer": str(n)}\n'
+    (directory / "my_script.py").write_text(script)
     for hub_id in HUB_MODELS.values():
         repository = directory / "huggingface/hub" / f"models--{hub_id.replace('/', '--')}"
         shutil.copytree(tiny_model_dir, repository / "snapshots" / ("1" * 40))
@@ -37,14 +39,23 @@ def workplace(tmp_path_factory, tiny_model_dir):
     return directory
 
 
+@pytest.fixture(scope="module")
+def bucket(s3_server):
+    """The bucket that the README calls `bucket`."""
+    s3_server.client().create_bucket(Bucket="bucket")
+    return s3_server.environment
+
+
 @pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith("make")])
-def test_a_command_of_the_readme_runs(command, workplace, monkeypatch):
+def test_a_command_of_the_readme_runs(command, workplace, bucket, monkeypatch):
     words = shlex.split(command)
     verb = [sys.executable, "-m", "llmkit"] if words[0] == "llmkit" else [sys.executable, *words[1:3]]
     arguments = words[1:] if words[0] == "llmkit" else words[3:]
     trains = "train" in command and not {"--help", "--cfg"} & set(arguments)
     monkeypatch.setenv("PYTHONPATH", str(CHECKOUT))
     monkeypatch.setenv("HF_HOME", str(workplace / "huggingface"))
+    for name, value in bucket.items():
+        monkeypatch.setenv(name, value)
 
     done = subprocess.run(
         [*verb, *arguments, *(SHORT if trains else ())], cwd=workplace, capture_output=True, text=True, check=False

@@ -7,13 +7,19 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from llmkit.config.grammar import split_override, to_grammar
 from llmkit.config.init_from import implied_model
 from llmkit.config.registration import groups_of_experiment
-from llmkit.config.schema import open_mappings, walk_schema
+from llmkit.config.schema import StorageConfig, open_mappings, walk_schema
 from llmkit.config.user_file import file_overrides, give_way
 from llmkit.errors import ConfigError, did_you_mean
+from llmkit.remote import reach_with
 
 MULTIRUN = ("-m", "--multirun")
 # Hydra's other switches, those that take a value first.
@@ -191,6 +197,23 @@ def _open_mapping(override: str) -> str:
     return f"++{override}" if is_open and not override.startswith(("+", "~")) else override
 
 
+def _model_of_start(values: dict[str, str]) -> str | None:
+    """See `implied_model`; a bucket is reached as the overrides say."""
+    if "s3://" in values.get("init_from", ""):
+        reach_with(_storage(values))
+    return implied_model(values.get("init_from", ""))
+
+
+def _storage(values: dict[str, str]) -> StorageConfig:
+    """The settings of buckets among overrides in Hydra's grammar; wrong ones are explained when all are checked."""
+    words = [f"{key.removeprefix('storage.')}={value}" for key, value in values.items() if key.startswith("storage.")]
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(StorageConfig), OmegaConf.from_dotlist(words))
+        return cast(StorageConfig, OmegaConf.to_object(merged))
+    except (OmegaConfBaseException, YAMLError):
+        return StorageConfig()
+
+
 def imply_groups(overrides: list[str]) -> list[str]:
     """`data.path=FILE` or `data.datasets=[...]` alone replaces the demo, `model.path=DIR` or `init_from=DIR` tiny."""
     values = dict(map(split_override, overrides))
@@ -198,7 +221,7 @@ def imply_groups(overrides: list[str]) -> list[str]:
     implied = []
     if "model" not in chosen and values.keys() & {"model.path", "model.hub_id"}:
         implied.append("model=custom")
-    elif "model" not in chosen and (started := implied_model(values.get("init_from", ""))):
+    elif "model" not in chosen and (started := _model_of_start(values)):
         implied.append(f"model={started}")
     if "data" not in chosen and values.keys() & {"data.path", "data.hub_id", "data.datasets"}:
         implied.append("data=jsonl")

@@ -3,11 +3,13 @@
     llmkit train recipe=dpo init_from=runs/sft data.path=pairs.jsonl
 
 A full model is loaded as it is. An adapter is continued as it is, on the base it was made for. Either brings its
-tokenizer and chat template. This only reads JSON and YAML: the driver answers before anything heavy is loaded.
+tokenizer and chat template. This only reads JSON and YAML, also of a run in a bucket (`init_from=s3://...`): the driver
+answers before anything heavy is loaded.
 `resume` is another word: it goes on with a run that was interrupted; `init_from` begins a new one.
 """
 
 import dataclasses
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from llmkit import rundir
 from llmkit.config.files import load
 from llmkit.config.schema import LoraConfig, ModelConfig, TrainConfig
 from llmkit.errors import ConfigError, did_you_mean
+from llmkit.remote import files_at, is_remote, joined, local_copy, split_address
 
 ADAPTER_CONFIG = "adapter_config.json"
 MODEL_CONFIG = "config.json"
@@ -29,7 +32,8 @@ QUOTED = re.compile(r"'((?:\\'|[^'])*)'|\"([^\"]*)\"")
 class Start:
     """Where a run starts."""
 
-    directory: Path  # what is loaded: a run's final/, or the directory given
+    directory: Path  # a run's final/, or the directory given; of one in a bucket a copy, of its settings alone
+    place: str  # what is loaded: the directory's absolute path, or its address in a bucket
     adapter: dict[str, Any] | None  # its adapter_config.json; None for a full model
     run: TrainConfig | None  # the config of the run that made it, where llmkit did
 
@@ -40,20 +44,25 @@ class Start:
         # Its template and padding come with its tokenizer; code of a model's own runs only where this run trusts it.
         told = dataclasses.replace(told, chat_template="keep-original", pad_token="auto", trust_remote_code=False)
         if self.adapter is None:
-            return dataclasses.replace(told, path=str(self.directory), hub_id=None, revision="main", commit=None)
+            return dataclasses.replace(told, path=self.place, hub_id=None, revision="main", commit=None)
         if self.run:
             return told
         base = self.adapter.get("base_model_name_or_path")
         if not base:
             raise ConfigError(f"{self.directory / ADAPTER_CONFIG} names no base model (base_model_name_or_path).")
-        if Path(base).is_dir():
-            return dataclasses.replace(told, path=str(Path(base).absolute()))
+        if is_remote(base) or Path(base).is_dir():
+            return dataclasses.replace(told, path=_absolute(base))
         return dataclasses.replace(told, hub_id=base, revision=self.adapter.get("revision") or "main")
 
 
 def find_start(init_from: str) -> Start:
-    """What `init_from` names. Raises ConfigError if that is not a finished run, a model or an adapter."""
-    directory, said = Path(init_from).absolute(), f"init_from={init_from}"
+    """What `init_from` names.
+
+    Raises ConfigError if that is not a finished run, a model or an adapter, StorageError if a bucket does not answer.
+    """
+    said = f"init_from={init_from}"
+    place = _root(init_from)
+    directory = _settings_of(place, said) if is_remote(place) else Path(place)
     if not directory.is_dir():
         siblings = directory.parent.iterdir() if directory.parent.is_dir() else ()
         near = did_you_mean(directory.name, [path.name for path in siblings])
@@ -62,8 +71,6 @@ def find_start(init_from: str) -> Start:
         jobs = (rundir.read_json(directory / rundir.SWEEP) or {}).get("jobs", [])
         runs = ", ".join(str(job.get("run_dir")) for job in jobs if job.get("status") == "completed")
         raise ConfigError(f"{said}: holds a sweep; choose one of its runs: {runs or 'none is finished'}.")
-    if directory.name == rundir.FINAL and (directory.parent / rundir.CONFIG).exists():
-        directory = directory.parent
     run = None
     if (directory / rundir.CONFIG).exists():
         result = rundir.read_result(directory) or {}
@@ -72,22 +79,54 @@ def find_start(init_from: str) -> Start:
                 f"{said}: this run is not finished (its status: {result.get('status') or 'unfinished'}); start its own "
                 "command again to finish it first."
             )
-        run, directory = load(directory), directory / rundir.FINAL
+        run, directory, place = load(directory), directory / rundir.FINAL, joined(place, rundir.FINAL)
         if not directory.is_dir():
             raise ConfigError(f"{said}: this run has no {rundir.FINAL}/: its weights are not there any more.")
     adapter = rundir.read_json(directory / ADAPTER_CONFIG)
     if adapter is None and not (directory / MODEL_CONFIG).is_file():
-        raise ConfigError(
-            f"{said}: neither a run directory ({rundir.CONFIG}), nor a model ({MODEL_CONFIG}), nor an adapter "
-            f"({ADAPTER_CONFIG})."
-        )
-    return Start(directory=directory, adapter=adapter, run=run)
+        raise _neither(said)
+    return Start(directory=directory, place=place, adapter=adapter, run=run)
+
+
+def _root(init_from: str) -> str:
+    """The run's directory, where its final/ is given; absolute."""
+    place = _absolute(init_from.rstrip("/"))
+    above, name = split_address(place) if is_remote(place) else os.path.split(place)
+    if name != rundir.FINAL:
+        return place
+    is_run = rundir.CONFIG in files_at(above) if is_remote(above) else Path(above, rundir.CONFIG).exists()
+    return above if is_run else place
+
+
+def _settings_of(address: str, said: str) -> Path:
+    """A copy of the small files that say what a directory in a bucket holds. Raises ConfigError if there is none."""
+    there = files_at(address)
+    if not there:
+        raise ConfigError(f"{said}: there is nothing at this address in the bucket.")
+    small = [rundir.CONFIG, rundir.RESULT, rundir.SWEEP]
+    small += [f"{folder}{name}" for folder in ("", f"{rundir.FINAL}/") for name in (ADAPTER_CONFIG, MODEL_CONFIG)]
+    if names := there.keys() & set(small):
+        return local_copy(address, names)
+    raise _neither(said)
+
+
+def _neither(said: str) -> ConfigError:
+    return ConfigError(
+        f"{said}: neither a run directory ({rundir.CONFIG}), nor a model ({MODEL_CONFIG}), nor an adapter "
+        f"({ADAPTER_CONFIG})."
+    )
+
+
+def _absolute(place: str) -> str:
+    return place if is_remote(place) else str(Path(place).absolute())
 
 
 def adapter_directory(config: TrainConfig) -> Path | None:
     """The directory of the adapter that this run continues; None if it starts from a full model."""
     start = find_start(config.init_from) if config.init_from else None
-    return start.directory if start and start.adapter is not None else None
+    if start is None or start.adapter is None:
+        return None
+    return local_copy(start.place) if is_remote(start.place) else start.directory
 
 
 def implied_model(override: str) -> str | None:
@@ -122,7 +161,7 @@ def adopt_init_from(config: TrainConfig) -> None:
         problems += _adopt_adapter(config, start)
     if problems:
         raise ConfigError(*problems)
-    config.init_from = str(Path(config.init_from).absolute())
+    config.init_from = _absolute(config.init_from)
     ours = config.model
     config.model = dataclasses.replace(
         start.model,
@@ -167,7 +206,7 @@ def _model_problems(config: TrainConfig, start: Start) -> list[str]:
 
 def _identity(model: ModelConfig) -> tuple[str, ...]:
     if model.path:
-        return ("path", str(Path(model.path).resolve()))
+        return ("path", model.path.rstrip("/") if is_remote(model.path) else str(Path(model.path).resolve()))
     if model.hub_id:
         return ("hub", model.hub_id, model.revision)
     return ("name", model.name)

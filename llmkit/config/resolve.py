@@ -13,6 +13,7 @@ from llmkit.config.init_from import adopt_init_from
 from llmkit.config.schema import DpoConfig, LoraConfig, TrainConfig, TrainingConfig
 from llmkit.config.sources import names_split
 from llmkit.errors import ConfigError
+from llmkit.remote import reach_with
 
 DEFAULT_GLOBAL_BATCH_SIZE = 16
 # Micro-batches that llmkit chooses itself: a large model's activations should fit without a thought.
@@ -43,6 +44,7 @@ def resolve(config: DictConfig) -> TrainConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     resolved = TrainConfig(**values)
+    reach_with(resolved.storage)
     adopt_init_from(resolved)
     if resolved.training.learning_rate is None:
         # An unknown recipe or method has no rate: `validate` names it, with all else.

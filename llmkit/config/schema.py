@@ -304,7 +304,6 @@ class TrainingConfig:
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
-    name: str = setting("default", "The option of the checkpoint group.")
     minutes: float | None = setting(
         30.0, "A checkpoint after this long without one, beside those of training.save_steps; null: none.", gt=0
     )

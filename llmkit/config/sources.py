@@ -3,15 +3,17 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from llmkit.config.data_files import file_type
 from llmkit.config.schema import DataConfig, SourceConfig
 from llmkit.config.setting import is_legal, legal_values
 from llmkit.errors import ConfigError, did_you_mean
+from llmkit.remote import is_remote
 
 # The name of a split, or what the Datasets library makes of several and parts of them: train[:10%]+test.
 SPLIT = re.compile(r"\w+(\[[^\]]*\])?(\+\w+(\[[^\]]*\])?)*")
@@ -48,7 +50,12 @@ def names_split(data: DataConfig, value: str) -> bool:
     """Whether `value` is the name of a split of the data, and not a path."""
     if data.datasets or value == "demo" or not SPLIT.fullmatch(value):
         return False
-    return data.path == "demo" or (Path(data.path).is_dir() if data.path else data.hub_id is not None)
+    return data.path == "demo" or (_is_directory(data.path) if data.path else data.hub_id is not None)
+
+
+def _is_directory(path: str) -> bool:
+    """Whether files named after splits may lie there; of a bucket the address alone has to tell."""
+    return file_type(PurePath(path)) is None if is_remote(path) else Path(path).is_dir()
 
 
 def range_problems(source: SourceConfig, key: str) -> list[str]:

@@ -161,6 +161,8 @@ def _model_problems(config: TrainConfig) -> list[str]:
     model = config.model
     if not (model.path or model.hub_id or model.name == "tiny"):
         return ["model=custom: say which, with model=org/name (the hub) or model.path=DIR."]
+    if model.path and "://" in model.path:
+        return [f"model.path={problem}" for problem in storage_problems(model.path)]
     if model.path and not Path(model.path).is_dir():
         return [f"model.path={model.path}: the directory does not exist."]
     return []

@@ -6,6 +6,7 @@ from llmkit.config.data_files import find_files, near_file
 from llmkit.config.schema import DataConfig, SourceConfig, TrainConfig
 from llmkit.config.sources import SPLIT, names_split, range_problems, split_source
 from llmkit.errors import ConfigError
+from llmkit.storage.names import storage_problems
 
 SHARE = "a share between 0 and 1, "
 HELD_OUT = "a file, the name of a split, a source {path: FILE}, or null"
@@ -62,6 +63,8 @@ def _place_problems(source: SourceConfig, key: str) -> list[str]:
 def _file_problems(source: SourceConfig, said: str) -> list[str]:
     if not source.path or source.path == "demo":
         return []
+    if "://" in source.path:  # what is there, the worker finds
+        return [said + problem.removeprefix(source.path) for problem in storage_problems(source.path)]
     try:
         find_files(source.path, split=source.split, said=said)
     except ConfigError as error:

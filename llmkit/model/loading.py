@@ -17,7 +17,7 @@ from llmkit.errors import ConfigError
 from llmkit.model.context import load_model_config
 from llmkit.model.new_rows import add_rows
 from llmkit.model.precision import Precision
-from llmkit.model.source import cached_commit, explained, hub_arguments, model_source
+from llmkit.model.source import cached_commit, explained, hub_arguments, model_source, shown_source
 from llmkit.model.structure import token_matrices
 from llmkit.model.tokenizer import load_original_tokenizer, load_tokenizer
 
@@ -30,6 +30,7 @@ __all__ = [
     "load_tokenizer",
     "model_source",
     "quantization_config",
+    "shown_source",
 ]
 
 
@@ -52,19 +53,20 @@ def load_model(
         arguments["quantization_config"] = quantization_config(quantization, precision)
     if quantization is not None or device.type == "cuda":
         arguments["device_map"] = {"": device}
-    if config.path and not list(Path(config.path).glob("*.safetensors")):
+    source = model_source(config, weights=True)
+    if config.path and not list(Path(source).glob("*.safetensors")):
         raise ConfigError(_no_weights(Path(config.path)))
     # Transformers would send the user's token to a service that converts pickled weights, and load what that made.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     with explained(config):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model_source(config), **hub_arguments(config), **arguments)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, **hub_arguments(config), **arguments)
     model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ConfigError(
-            f"{model_source(config)}: {len(missing)} weights are missing from its files (first: {missing[0]}); "
+            f"{shown_source(config)}: {len(missing)} weights are missing from its files (first: {missing[0]}); "
             "they would start random."
         )
     if quantization is not None and quantization.bits == 4:

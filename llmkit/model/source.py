@@ -1,4 +1,4 @@
-"""Where a model comes from (the hub, its cache, a directory), and what to say when it cannot be had."""
+"""Where a model comes from (the hub, its cache, a directory, a bucket), and what to say when it cannot be had."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,10 +7,19 @@ from typing import Any
 
 from llmkit.config.schema import ModelConfig
 from llmkit.errors import ConfigError
+from llmkit.model.files import is_weights, model_files
+from llmkit.remote import files_at, is_remote, local_copy
 
 
-def model_source(config: ModelConfig) -> str:
-    """What `from_pretrained` is given: a directory or a hub id. Builds the tiny model on first use."""
+def model_source(config: ModelConfig, *, weights: bool = False) -> str:
+    """What `from_pretrained` is given: a directory or a hub id. Builds the tiny model on first use.
+
+    Of a model in a bucket it is the directory of a copy, without the weights unless they are asked for: what else there
+    is to check should not wait for them.
+    """
+    if is_remote(config.path):
+        assert config.path is not None
+        return str(_copy(config.path, weights=weights))
     if config.path:
         return config.path
     if config.hub_id:
@@ -18,6 +27,22 @@ def model_source(config: ModelConfig) -> str:
     from llmkit.model.tiny import tiny_model
 
     return str(tiny_model())
+
+
+def shown_source(config: ModelConfig) -> str:
+    """The model's place as the config says it, for people and records: a copy's directory means nothing elsewhere."""
+    return config.path if config.path and is_remote(config.path) else model_source(config)
+
+
+def _copy(address: str, *, weights: bool) -> Path:
+    there = files_at(address)
+    try:
+        names = model_files(there)
+    except ConfigError as error:
+        if not there:
+            raise ConfigError(f"model.path={address}: there is nothing at this address in the bucket.") from error
+        raise ConfigError(f"model.path={address}: {error}") from error
+    return local_copy(address, names if weights else [name for name in names if not is_weights(name)])
 
 
 def cached_commit(config: ModelConfig) -> str | None:

@@ -6,11 +6,13 @@ place.upload(Path("final/model.safetensors"), "final/model.safetensors")
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from llmkit.config.schema import StorageConfig
 from llmkit.storage.names import is_remote, storage_problems
 from llmkit.storage.transfers import Transfer
+
+if TYPE_CHECKING:  # the config's checks ask about addresses, so no import leads back
+    from llmkit.config.schema import StorageConfig
 
 __all__ = ["Entry", "Place", "is_remote", "open_place", "storage_problems"]
 
@@ -66,7 +68,7 @@ class Place(Protocol):
         """`download`, in pieces for `run_transfers`."""
 
 
-def open_place(place: str | Path, config: StorageConfig) -> Place:
+def open_place(place: str | Path, config: "StorageConfig") -> Place:
     """The directory that `place` names: `s3://BUCKET/PATH`, or a path on this machine. Nothing is asked of it yet.
 
     Raises ConfigError for an address that is not well formed, StorageError for a profile that does not exist.

@@ -10,10 +10,14 @@ from transformers import PreTrainedTokenizerBase
 
 from llmkit import durable, rundir
 from llmkit.config.schema import TrainConfig
+from llmkit.remote import is_remote
 
 # PEFT's initialisations after which vLLM takes an adapter; the others change the base too.
 SERVABLE_STARTS = (True, False, "gaussian", "orthogonal")
 
+BASE_IN_BUCKET = """\
+Its base is in a bucket, which PEFT does not read: copy it to a directory first, and name that one in
+`base_model_name_or_path` of `adapter_config.json`."""
 LOAD_FULL = """\
 from transformers import AutoModelForCausalLM
 
@@ -59,12 +63,13 @@ def save_final(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConf
 
 
 def base_model(config: TrainConfig) -> str:
-    """The base as a loader needs it: a hub id, or an absolute directory."""
+    """The base as a loader needs it: a hub id, an absolute directory, or the address of one in a bucket."""
     if config.model.hub_id and not config.model.path:
         return config.model.hub_id
-    from llmkit.model.source import model_source
+    from llmkit.model.source import shown_source
 
-    return str(Path(model_source(config.model)).resolve())
+    source = shown_source(config.model)
+    return source if is_remote(source) else str(Path(source).resolve())
 
 
 def model_card(config: TrainConfig, figures: dict[str, Any], *, model: Any = None) -> str:
@@ -91,6 +96,8 @@ def model_card(config: TrainConfig, figures: dict[str, Any], *, model: Any = Non
     lines += ["", "The chat template in this folder is the one it was trained with."]
     if data.chat_template_kwargs:
         lines.append(f"It takes {json.dumps(data.chat_template_kwargs)} where no other values are given.")
+    if config.lora is not None and is_remote(base):
+        lines += ["", BASE_IN_BUCKET]
     lines += ["", "```python", LOAD_FULL if config.lora is None else LOAD_ADAPTER, "```"]
     if config.lora is not None:
         if rows:
@@ -127,7 +134,12 @@ def serve_command(config: TrainConfig, final: Path) -> str:
     adapter = f"--enable-lora --lora-modules {final.parent.name}={final} --max-lora-rank {rank}"
     # The base's own template and end tokens are not those of the adapter.
     rendering = f"--chat-template {final / 'chat_template.jinja'} --generation-config {final}"
-    return f"{server} {base_model(config)} {adapter} {rendering}"
+    base = base_model(config)
+    if is_remote(base):
+        from llmkit.model.source import model_source
+
+        base = model_source(config.model, weights=True)
+    return f"{server} {base} {adapter} {rendering}"
 
 
 def unservable(adapter: dict[str, Any]) -> str | None:

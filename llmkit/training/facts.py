@@ -13,7 +13,7 @@ from llmkit.config import TrainConfig
 from llmkit.data.prepare import PreparedData, Split
 from llmkit.errors import ConfigError
 from llmkit.model.context import settle_lengths
-from llmkit.model.loading import cached_commit, load_model_config, model_source
+from llmkit.model.loading import cached_commit, load_model_config, shown_source
 from llmkit.model.methods import count_parameters, loading_dtype
 from llmkit.model.precision import Precision, resolve_device, resolve_precision
 from llmkit.training.arguments import CHECKPOINTING_FROM_PARAMETERS, steps_per_pass, total_steps
@@ -83,7 +83,7 @@ def state_facts(
 ) -> None:
     """One line per fact, as things really are, not as they were asked for."""
     trainable, total = count_parameters(model)
-    source = model_source(config.model)
+    source = shown_source(config.model)
     commit = f" at {config.model.commit[:8]}" if config.model.commit else ""
     console.fact("model", f"{config.model.name} ({source}{commit})")
     console.fact(
@@ -139,8 +139,9 @@ def check_disk(config: TrainConfig, model: nn.Module, run_dir: Path, console: Ru
     if (regular or config.checkpoint.minutes is not None) and result + more * checkpoint > free:
         said = (
             f"{run_dir}: a checkpoint needs {in_units(checkpoint)}, {more} of them (checkpoint.keep="
-            f"{config.checkpoint.keep} and the one being written) with the result "
-            f"{in_units(result + more * checkpoint)}; the disk has {in_units(free)} free. Make room, keep fewer, or choose run_dir= on another disk."
+            f"{config.checkpoint.keep}, and the one being written) with the result "
+            f"{in_units(result + more * checkpoint)}; the disk has {in_units(free)} free. Make room, keep fewer, or "
+            "choose run_dir= on another disk."
         )
         if regular:
             raise ConfigError(said)

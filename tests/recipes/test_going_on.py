@@ -120,7 +120,7 @@ def test_resume_from_what_is_no_whole_checkpoint_names_those_that_are(train, tmp
     damaged = tmp_path / "one/checkpoints/step-00000008"
     (damaged / "optimizer.pt").unlink()
 
-    with pytest.raises(ConfigError, match="holds no complete checkpoint.*Complete ones there: 4"):
+    with pytest.raises(ConfigError, match=r"holds no complete checkpoint.*Complete ones there: 4"):
         train(*EIGHT, f"resume={damaged}", run_dir=tmp_path / "two")
 
 
@@ -152,5 +152,5 @@ def test_never_starts_over_and_keeps_what_was_there(train, tmp_path, capfd):
     assert f"is now in {aside}" in capfd.readouterr().out
     assert (aside / "final" / "adapter_model.safetensors").read_bytes() == weights
     assert (aside / "checkpoints" / "step-00000008").is_dir()
-    assert training_values(again) == [r for r in training_values(first)]
+    assert training_values(again) == training_values(first)
     assert not Path(run_dir, "checkpoints", "step-00000003").exists()

@@ -106,7 +106,7 @@ def test_an_answer_other_than_not_there_never_starts_over(train, stopped_at_5, s
 def test_a_store_that_cannot_be_reached_never_starts_over(train, stopped_at_5, s3_url, tmp_path):
     nobody = ["storage.endpoint_url=http://127.0.0.1:9", "storage.max_attempts=1"]
 
-    with pytest.raises(StorageError, match="cannot be reached|connect"):
+    with pytest.raises(StorageError, match=r"cannot be reached|connect"):
         train(*EIGHT, f"checkpoint.remote={s3_url}", *nobody, run_dir=tmp_path / "two" / "alpha")
 
 
@@ -193,9 +193,9 @@ def test_a_finished_run_is_known_from_the_bucket_and_another_config_is_refused(t
     publish(remote_run(s3_url, run.config), run.run_dir, checkpoints=2)
 
     there, result = finished_elsewhere(compose(*words), tmp_path / "empty" / "alpha")
-    with pytest.raises(ConfigError, match="holds a run of another config.*seed: 42 -> 7"):
+    with pytest.raises(ConfigError, match=r"holds a run of another config.*seed: 42 -> 7"):
         finished_elsewhere(compose(*words, "seed=7"), tmp_path / "empty" / "alpha")
-    with pytest.raises(ConfigError, match="resume=never: .* holds a run already"):
+    with pytest.raises(ConfigError, match=r"resume=never: .* holds a run already"):
         finished_elsewhere(compose(*words, "resume=never"), tmp_path / "empty" / "alpha")
 
     assert (there, result["steps"]) == (f"{s3_url}/alpha", 8)

@@ -8,6 +8,7 @@ that nobody disturbed. Prints the score; the exit code is 1 if a trial failed.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -19,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -29,12 +29,14 @@ from typing import Any
 CHECKOUT = Path(__file__).parents[2]
 sys.path.insert(0, str(CHECKOUT / "tests" / "chaos"))
 
-from comparison import differences  # noqa: E402
+from comparison import differences, unreadable  # noqa: E402
+from train_config import config_of  # noqa: E402
 from transformers.trainer import TRAINER_STATE_NAME  # noqa: E402
 from two_ranks import EVENTS  # noqa: E402
 
-from llmkit.config import resolve, save, validate  # noqa: E402
+from llmkit.config import save  # noqa: E402
 from llmkit.errors import EXIT_DONE, EXIT_PREEMPTED  # noqa: E402
+from llmkit.processes import die_with_parent  # noqa: E402
 from llmkit.training.checkpoints import manifest  # noqa: E402
 from llmkit.training.checkpoints.contents import ACCUMULATORS  # noqa: E402
 
@@ -65,11 +67,14 @@ class Trial:
     step: int | None = None  # at which all ranks ended
     saved: float = 0.0  # seconds from the signal until all ranks know that it is saved
     seconds: float = 0.0  # from the signal to the end of all processes
+    evaluation_pending: bool = False  # one was cut off
     missed: bool = False  # the run ended before its moment came
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return f"{self.signal.name} to {self.target}, {self.moment} {self.after}: step {self.step}, saved in {self.saved:.1f} s, ended in {self.seconds:.1f} s"
+        sent = f"{self.signal.name} to {self.target}, {self.moment} {self.after}"
+        cut_off = ", evaluation cut off" if self.evaluation_pending else ""
+        return f"{sent}: step {self.step}{cut_off}, saved in {self.saved:.1f} s, ended in {self.seconds:.1f} s"
 
 
 class Group:
@@ -90,6 +95,7 @@ class Group:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 process_group=0,
+                preexec_fn=functools.partial(die_with_parent, os.getpid(), signal.SIGKILL),
             )
         self.began = time.monotonic()
 
@@ -153,27 +159,18 @@ def closed_world() -> dict[str, str]:
     }
 
 
-def new_run(folder: Path) -> Path:
-    """A run directory that has nothing but its config."""
-    from hydra import compose, initialize_config_module
-
-    from llmkit.config.arguments import parse_arguments
-    from llmkit.config.registration import register
-
-    register()
-    with initialize_config_module("llmkit.conf", version_base="1.3"):
-        config = resolve(compose("train", overrides=parse_arguments(list(WORDS)).overrides))
-    validate(config)
+def new_run(folder: Path, *words: str) -> Path:
+    """A run directory that has nothing but its config, which `words` may change."""
     run_dir = folder / "run"
     run_dir.mkdir(parents=True)
-    save(config, run_dir)
+    save(config_of(*WORDS, *words), run_dir)
     return run_dir
 
 
-def finish(run_dir: Path, ranks: int) -> None:
+def finish(run_dir: Path, ranks: int, *, steps: int = STEPS) -> None:
     """Let a run go on to its end. Raises RuntimeError with its log if it does not come there."""
     ended = Group(run_dir, ranks).wait()
-    if [(rank["step"], rank["exit_code"]) for rank in ended] != [(STEPS, EXIT_DONE)] * ranks:
+    if [(rank["step"], rank["exit_code"]) for rank in ended] != [(steps, EXIT_DONE)] * ranks:
         raise RuntimeError(f"{ended}\n" + (run_dir.parent / "log.txt").read_text(encoding="utf-8"))
 
 
@@ -192,24 +189,25 @@ def draw_trials(seed: int, ranks: int) -> Iterator[Trial]:
         number += 1
 
 
-def stop_and_go_on(run_dir: Path, ranks: int, trials: list[Trial], reference: Path) -> list[Trial]:
-    """One run that each of the trials stops in turn; it then ends. Returns the trials that the run was long enough for.
+def stop_again_and_again(run_dir: Path, ranks: int, trials: list[Trial]) -> list[Trial]:
+    """Have each trial in turn stop a run that goes on from where the one before has stopped it.
 
-    How its end differs from the reference counts as a problem of the last.
+    Returns those that were made: all, unless one failed or the run came to its end.
     """
-    for trial in trials:
+    for number, trial in enumerate(trials, start=1):
         _stop(run_dir, ranks, trial)
         if trial.missed or trial.problems:
-            break
-    tried = [trial for trial in trials if trial.missed or trial.problems or trial.step]
-    if not tried[-1].problems:
-        try:
-            if not tried[-1].missed:
-                finish(run_dir, ranks)
-            tried[-1].problems += [*differences(reference, run_dir), *_unlike_history(reference, run_dir)]
-        except (RuntimeError, TimeoutError) as error:
-            tried[-1].problems.append(f"going on: {error}")
-    return tried
+            return trials[:number]
+    return trials
+
+
+def go_on_to_the_end(run_dir: Path, ranks: int, reference: Path) -> list[str]:
+    """Let a stopped run end; returns what distinguishes it from the reference then."""
+    try:
+        finish(run_dir, ranks)
+    except (RuntimeError, TimeoutError) as error:
+        return [f"it does not go on: {error}"]
+    return [*differences(reference, run_dir), *_unlike_history(reference, run_dir)]
 
 
 def _stop(run_dir: Path, ranks: int, trial: Trial) -> None:
@@ -232,6 +230,8 @@ def _stop(run_dir: Path, ranks: int, trial: Trial) -> None:
         trial.problems.append(f"the ranks ended like this: {ended}")
     elif not trial.missed:
         trial.problems += _problems_of_stop(run_dir, ranks, ended)
+        newest = manifest.latest(run_dir)
+        trial.evaluation_pending = newest is not None and manifest.read_manifest(newest)["evaluation_pending"]
 
 
 def _problems_of_stop(run_dir: Path, ranks: int, ended: list[dict[str, Any]]) -> Iterator[str]:
@@ -241,7 +241,8 @@ def _problems_of_stop(run_dir: Path, ranks: int, ended: list[dict[str, Any]]) ->
     if newest is None or manifest.step_of(newest) != ended[0]["step"]:
         yield f"stopped at step {ended[0]['step']}, and the newest checkpoint is {newest and newest.name}"
         return
-    manifest.verify(newest)
+    if damage := unreadable(newest):
+        yield damage
     states = sorted(path.name for path in newest.glob("rng_state*"))
     if states != (["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]):
         yield f"random states in the checkpoint: {states}"
@@ -280,9 +281,12 @@ def main() -> int:
     while (left := chosen.trials - sum(not trial.missed for trial in done)) > 0:
         run_dir = new_run(scratch / f"run-{len(done)}")
         trials = [next(drawn) for _ in range(min(left, STOPS_OF_A_RUN))]
-        for trial in stop_and_go_on(run_dir, chosen.ranks, trials, reference):
-            done.append(trial)
+        made = stop_again_and_again(run_dir, chosen.ranks, trials)
+        if not made[-1].problems:
+            made[-1].problems = go_on_to_the_end(run_dir, chosen.ranks, reference)
+        for trial in made:
             print(f"{trial}{' (missed)' if trial.missed else ''}", *trial.problems, sep="\n  ", flush=True)
+        done += made
     return show(done, scratch)
 
 
@@ -290,7 +294,8 @@ def show(trials: list[Trial], scratch: Path) -> int:
     """Print the score; returns the exit code."""
     tried = [trial for trial in trials if not trial.missed]
     failed = [trial for trial in trials if trial.problems]
-    print(f"{len(tried)} stops, {len(failed)} failed; by moment {dict(Counter(trial.moment for trial in tried))}")
+    cut_off = sum(trial.evaluation_pending for trial in tried)
+    print(f"{len(tried)} stops, {len(failed)} failed; {cut_off} cut an evaluation off")
     for what, values in (("saved", [it.saved for it in tried]), ("ended", [it.seconds for it in tried])):
         print(f"from signal to {what}: median {statistics.median(values):.1f} s, longest {max(values):.1f} s")
     if failed:

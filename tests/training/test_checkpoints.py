@@ -1,6 +1,5 @@
 """What counts as a checkpoint, what goes with time, and what is left after a save was cut off or failed."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -151,7 +150,7 @@ def test_a_file_of_the_run_is_saved_as_it_was_when_the_save_began(tmp_path):
     writer.wait()
 
     assert (manifest.latest(tmp_path) / "best.safetensors").read_text() == "old"
-    assert json.loads((manifest.latest(tmp_path) / manifest.MANIFEST).read_text())["files"]["best.safetensors"]["size"] == 3
+    assert manifest.read_manifest(manifest.latest(tmp_path))["files"]["best.safetensors"]["size"] == 3
 
 
 def fail_with(error: Exception):

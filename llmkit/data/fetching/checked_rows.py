@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmkit.data.formats.table import convert, detect_format
+from llmkit.data.formats.table import FORMATS, check_format, convert, detect_format
 from llmkit.data.rows import EXCERPT, Row
 from llmkit.errors import DataError
 
@@ -33,15 +33,18 @@ class WrittenSplit:
     tokens_found: frozenset[str]
 
 
-def write_rows(rows: Iterable[Any], file: Path, *, place: str, tokens: Iterable[str]) -> WrittenSplit:
+def write_rows(
+    rows: Iterable[Any], file: Path, *, place: str, tokens: Iterable[str], layout: str = "auto"
+) -> WrittenSplit:
     """Check the rows and write them to `file`, one JSON object a line, holding one batch of them in memory.
 
-    `place` is how messages name the rows. Of the special `tokens` it is found out which occur.
+    `place` is how messages name the rows, `layout` their format; `auto` finds it out. Of the special `tokens` it is
+    found out which occur.
     Raises DataError with place, row number (from 1, the line of the file) and the row's first characters, for a row
     that is not a JSON object and for one that is not of the first row's format; and for a split without rows.
     """
     sha256, hashes, count, size = hashlib.sha256(), array("Q"), 0, 0
-    layout, preference = "", False
+    preference = False
     sought = {token: json.dumps(token, ensure_ascii=False)[1:-1] for token in tokens}  # as a line spells it
     unseen = set(sought)
     with file.open("wb") as out:
@@ -49,7 +52,7 @@ def write_rows(rows: Iterable[Any], file: Path, *, place: str, tokens: Iterable[
             # What is checked is what is written: a script may go on to change a row that it has yielded.
             parsed = [Row(json.loads(line), place, count + number) for number, line in enumerate(lines, start=1)]
             if not count:
-                layout, preference = _detect(parsed[0])
+                layout, preference = _detect(parsed[0]) if layout == "auto" else _check(parsed[0], layout)
             hashes.extend(_hashes(parsed, layout, preference=preference))
             for line in lines:
                 encoded = f"{line}\n".encode()
@@ -137,6 +140,13 @@ def _detect(row: Row) -> tuple[str, bool]:
             errors[preference] = error
     meant = any(name.startswith(("chosen", "rejected")) for name in row.values)
     raise DataError(f"{errors[meant]}\nA script can yield its columns under the names of a format.") from errors[meant]
+
+
+def _check(row: Row, layout: str) -> tuple[str, bool]:
+    """The format that is asked for, and whether it is one of preference data. Raises DataError if it does not fit."""
+    preference = FORMATS[layout].preference
+    check_format(row, layout, {}, preference=preference)
+    return layout, preference
 
 
 def _hashes(rows: list[Row], layout: str, *, preference: bool) -> Iterator[int]:

@@ -1,8 +1,5 @@
-"""The directory that a fetch fills: its manifest, and how it is replaced without losing a file of the user's."""
+"""Rows that were fetched, put where they belong: a directory is replaced as a whole, a bucket's files one by one."""
 
-import datetime
-import hashlib
-import json
 import os
 import shutil
 import uuid
@@ -11,63 +8,44 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from llmkit import __version__
-from llmkit.data.fetching.user_script import ScriptFile
+from llmkit.byte_progress import byte_progress
+from llmkit.data.fetching.destination import (
+    MANIFEST,
+    OTHER,
+    UNFINISHED,
+    Destination,
+    Origin,
+    as_manifest,
+    with_versions,
+)
 from llmkit.errors import ConfigError
 from llmkit.rundir import write_json
-
-MANIFEST = "manifest.json"
-NAMES_SHOWN = 5
+from llmkit.storage import Entry, StorageError, cache_dir, upload_files
 
 
-def write_manifest(directory: Path, files: dict[str, Any], *, to: Path, script: ScriptFile, limit: int | None) -> None:
-    """Write what is in `directory`, which is to become `to`: facts per file, and where they come from."""
-    manifest = {
-        "files": files,
-        "script": {"path": _seen_from(to, script), "sha256": script.sha256},
-        "limit": limit,
-        "llmkit": __version__,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-    write_json(directory / MANIFEST, manifest)
-
-
-def sha256_of(file: Path) -> str:
-    """The SHA-256 of the file's content, in hexadecimal."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def check_free(to: Path, script: ScriptFile, limit: int | None) -> None:
-    """Raise ConfigError unless `to` may be taken: absent, empty, or all of it an earlier fetch of this script."""
-    other = "choose another to="
-    if to == Path.cwd() or to in Path.cwd().parents:
-        raise ConfigError(f"to={to}: holds the directory you work in, and is replaced as a whole; {other}.")
-    if not to.exists():
-        return
-    if not to.is_dir():
-        raise ConfigError(f"to={to}: is not a directory; {other}.")
-    there = sorted(path.name for path in to.iterdir())
-    if not there:
-        return
-    manifest = _read_manifest(to)
+def check_free(destination: Destination, origin: Origin, limit: int | None) -> None:
+    """Raise ConfigError unless the place may be taken: absent, empty, or all of it an earlier fetch from there."""
+    to, directory = destination.to, destination.directory
+    if directory and (directory == Path.cwd() or directory in Path.cwd().parents):
+        raise ConfigError(f"to={to}: holds the directory you work in, and is replaced as a whole; {OTHER}.")
+    there, finished = _there(destination), destination.read(MANIFEST)
+    manifest = finished or destination.read(UNFINISHED)
+    destination.refuse_if_taken(there, manifest, origin)
     if manifest is None:
-        names = ", ".join(there[:NAMES_SHOWN]) + (", ..." if len(there) > NAMES_SHOWN else "")
-        raise ConfigError(f"to={to}: holds other things already ({names}); {other}.")
-    if strangers := [name for name in there if name not in manifest["files"] and name != MANIFEST]:
-        raise ConfigError(f"to={to}: holds {strangers[0]}, which the earlier fetch did not write; move it, or {other}.")
-    if script.sha256 != manifest["script"]["sha256"] and _seen_from(to, script) != manifest["script"]["path"]:
-        raise ConfigError(f"to={to}: holds what another script has fetched, {manifest['script']['path']}; {other}.")
-    if limit is not None and manifest["limit"] is None:
-        raise ConfigError(f"to={to}: holds all rows of this script; limit={limit} would leave fewer: {other}.")
-    for name, facts in manifest["files"].items():
-        if name in there and sha256_of(to / name) != facts["sha256"]:
-            raise ConfigError(f"to={to}: {name} was changed after it was fetched; move it, or {other}.")
+        return
+    destination.refuse_strangers(there, manifest)
+    if limit is not None and manifest.get("limit") is None:
+        raise ConfigError(f"to={to}: holds all rows of this source; limit={limit} would leave fewer: {OTHER}.")
+    if finished:
+        destination.refuse_changed(there, finished)
 
 
 @contextmanager
-def scratch_beside(to: Path) -> Iterator[Path]:
-    """A new directory on the disk of `to`; after the block it is gone, unless moved, with all that was made for it."""
+def scratch_for(destination: Destination) -> Iterator[Path]:
+    """A new directory, on the disk of a local destination; after the block it is gone, unless moved, with all that was
+    made for it.
+    """
+    to = destination.directory or cache_dir() / "fetching" / "rows"
     made = [parent for parent in to.parents if not parent.exists()]  # innermost first
     # Not tempfile.mkdtemp: its mode 0700 would survive the rename and lock other users out.
     scratch = to.with_name(f".{to.name}.{uuid.uuid4().hex}")
@@ -75,7 +53,7 @@ def scratch_beside(to: Path) -> Iterator[Path]:
         try:
             scratch.mkdir(parents=True)
         except OSError as error:
-            raise ConfigError(f"to={to}: cannot be made ({error.strerror}); choose another to=.") from error
+            raise ConfigError(f"to={destination.to}: cannot be made ({error.strerror}); {OTHER}.") from error
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -84,7 +62,40 @@ def scratch_beside(to: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def move_into_place(scratch: Path, to: Path) -> None:
+def deliver(scratch: Path, destination: Destination, files: dict[str, Any], origin: Origin, limit: int | None) -> None:
+    """Make the complete `scratch` the content of the destination, with the manifest of `files`, and replace an earlier
+    fetch.
+    """
+    if destination.directory:
+        write_json(scratch / MANIFEST, as_manifest(files, origin, limit=limit))
+        _move_into_place(scratch, destination.directory)
+        return
+    place = destination.place
+    earlier = destination.read(MANIFEST) or destination.read(UNFINISHED) or {"files": {}}
+    with suppress(StorageError):  # not everybody may list them, and they cost no more than room
+        place.abort_stale_uploads()
+    # From here on a reader finds no manifest, until all of it is there; who fetches again knows whose files these are.
+    destination.write(UNFINISHED, earlier["files"] | files, origin, limit=limit)
+    place.delete([MANIFEST])
+    with byte_progress(f"sending to {place.url}", sum(facts["bytes"] for facts in files.values())) as progress:
+        hashes = {name: facts["sha256"] for name, facts in files.items()}
+        upload_files(place, scratch, files, hashes=hashes, progress=progress)
+    place.delete(earlier["files"].keys() - files.keys())
+    destination.write(MANIFEST, with_versions(files, place.files()), origin, limit=limit)
+    place.delete([UNFINISHED])
+
+
+def _there(destination: Destination) -> dict[str, Entry]:
+    """The files of the place; here everything that lies in it, since all of it is replaced."""
+    directory = destination.directory
+    if directory is None:
+        return destination.place.files()
+    if not directory.exists():
+        return {}
+    return {path.name: Entry(path.stat().st_size, "") for path in sorted(directory.iterdir())}
+
+
+def _move_into_place(scratch: Path, to: Path) -> None:
     """Make the complete `scratch` the new `to`; an earlier one steps aside first, and comes back if that fails."""
     if not to.exists():
         scratch.rename(to)
@@ -101,17 +112,6 @@ def move_into_place(scratch: Path, to: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _seen_from(to: Path, script: ScriptFile) -> str:
-    """The script's path relative to the directory: it tells nothing of the rest of the machine."""
-    return os.path.relpath(script.path.resolve(), to)
-
-
-def _read_manifest(directory: Path) -> dict[str, Any] | None:
-    """The manifest of an earlier fetch; None if there is none, or if another program's file has that name."""
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        manifest["script"]["path"], manifest["script"]["sha256"], manifest["limit"]
-        [facts["sha256"] for facts in manifest["files"].values()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return manifest
+def seen_from(destination: Destination, path: Path) -> str:
+    """A path relative to the directory, which tells nothing of the rest of the machine; of a bucket its name alone."""
+    return os.path.relpath(path.resolve(), destination.directory) if destination.directory else path.name

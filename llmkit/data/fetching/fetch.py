@@ -1,26 +1,51 @@
-"""Rows from a user's script become a directory of checked JSON Lines, with a manifest of what is in it.
+"""Rows from a script of the user's, a data set of the hub or files become checked JSON Lines, with a manifest of them.
 
-`<split>.jsonl` holds one row a line, each of a format that training knows; `tokens.json` the script's special tokens,
-if it has any; `manifest.json` rows, bytes and sha256 of each file, and where they come from.
+`<split>.jsonl` holds one row a line, each of a format that training knows; `tokens.json` the special tokens, if there
+are any; `manifest.json` rows, bytes and sha256 of each file, and where they come from.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from llmkit.config.data_files import TOKENS_FILE
+from llmkit.config.schema import DataConfig
 from llmkit.data.fetching.checked_rows import WrittenSplit, write_rows
-from llmkit.data.fetching.directory import check_free, move_into_place, scratch_beside, sha256_of, write_manifest
-from llmkit.data.fetching.user_script import UserScript, read_script, running
+from llmkit.data.fetching.destination import Destination, Origin
+from llmkit.data.fetching.directory import check_free, deliver, scratch_for, seen_from
+from llmkit.data.fetching.source_rows import SourceRows
+from llmkit.data.fetching.user_script import read_script, running
+from llmkit.durable import sha256_of
 from llmkit.errors import DataError, LlmkitError
 from llmkit.rundir import write_json
 
 Progress = Callable[[str, int], None]  # told split and rows so far, at every row
+
+
+class Rows(Protocol):
+    """What a fetch writes: a script that runs, or a source that was opened."""
+
+    @property
+    def splits(self) -> tuple[str, ...]: ...
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The special tokens that stand in the rows."""
+
+    @property
+    def layout(self) -> str:
+        """The format of the rows, or `auto`."""
+
+    def place(self, split: str) -> str:
+        """How messages name a split's rows."""
+
+    def rows(self, split: str) -> Generator[Any, None, None]:
+        """The rows of the split, unchecked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,47 +62,73 @@ class Fetched:
         return next(iter(self.splits.values())).preference
 
 
-def fetch_rows(script: Path, to: Path, *, limit: int | None = None, progress: Progress) -> Fetched:
-    """Run the script and write what it yields, of each split at most `limit` rows, to the directory `to`.
+def fetch_script(script: Path, destination: Destination, *, limit: int | None = None, progress: Progress) -> Fetched:
+    """Run the script and write what it yields, of each split at most `limit` rows.
 
-    The directory appears when it is complete, and nothing is left behind otherwise. An earlier fetch of the same
-    script is replaced. Raises ConfigError if `to` holds anything else, DataError for what is wrong in the script or
-    with a row, LlmkitError if the disk fails.
+    A directory appears when it is complete, and nothing is left behind otherwise; in a bucket the manifest comes last.
+    An earlier fetch of the same script is replaced. Raises ConfigError if the destination holds anything else,
+    DataError for what is wrong in the script or with a row, LlmkitError if the disk or the store fails.
     """
-    to, file = to.resolve(), read_script(script)
+    file = read_script(script)
+    origin = Origin({"script": {"path": seen_from(destination, file.path), "sha256": file.sha256}})
+    with _disk_explained(destination):
+        check_free(destination, origin, limit)  # before the script runs, which may take long
+        with running(file) as opened:
+            return _fetch(opened, lambda: origin, destination, limit=limit, progress=progress)
+
+
+def fetch_source(
+    data: DataConfig, destination: Destination, *, split: str | None, limit: int | None = None, progress: Progress
+) -> Fetched:
+    """Write the rows of a data set of the hub, of files or of the demo: all splits, or the one named.
+
+    Raises what `fetch_script` does, and ConfigError for a source that cannot be had.
+    """
+    rows = SourceRows(data, split=split)
+    with _disk_explained(destination):
+        check_free(destination, rows.origin, limit)
+        rows.open()
+        return _fetch(rows, lambda: rows.origin, destination, limit=limit, progress=progress)
+
+
+@contextmanager
+def _disk_explained(destination: Destination) -> Iterator[None]:
     try:
-        check_free(to, file, limit)  # before the script runs, which may take long
-        with running(file) as opened, scratch_beside(to) as scratch:
-            fetched = _write(opened, scratch, limit=limit, progress=progress)
-            write_manifest(scratch, _facts(fetched, scratch), to=to, script=file, limit=limit)
-            check_free(to, file, limit)  # again: there was time to put files there
-            move_into_place(scratch, to)
-    except OSError as error:  # the script's own are DataErrors by now
-        raise LlmkitError(f"to={to}: cannot be written ({error.strerror}).") from error
+        yield
+    except OSError as error:  # a script's own are DataErrors by now
+        raise LlmkitError(f"to={destination.to}: cannot be written ({error.strerror}).") from error
+
+
+def _fetch(
+    rows: Rows, origin: Callable[[], Origin], destination: Destination, *, limit: int | None, progress: Progress
+) -> Fetched:
+    with scratch_for(destination) as scratch:
+        fetched = _write(rows, scratch, limit=limit, progress=progress)
+        check_free(destination, origin(), limit)  # again: there was time to put files there
+        deliver(scratch, destination, _facts(fetched, scratch), origin(), limit)
     return fetched
 
 
-def _write(script: UserScript, directory: Path, *, limit: int | None, progress: Progress) -> Fetched:
+def _write(rows: Rows, directory: Path, *, limit: int | None, progress: Progress) -> Fetched:
     splits: dict[str, WrittenSplit] = {}
-    for split in script.splits:
-        with closing(script.rows(split)) as rows:
+    for split in rows.splits:
+        with closing(rows.rows(split)) as yielded:
             splits[split] = write_rows(
-                _counted(islice(rows, limit), split, progress),
+                _counted(islice(yielded, limit), split, progress),
                 directory / f"{split}.jsonl",
-                place=script.place(split),
-                tokens=script.tokens,
+                place=rows.place(split),
+                tokens=rows.tokens,
+                layout=rows.layout,
             )
     kinds = {written.preference: split for split, written in splits.items()}
     if len(kinds) > 1:
         raise DataError(
-            f"{script.path}: split '{kinds[True]}' holds preference data ({splits[kinds[True]].format}), split "
-            f"'{kinds[False]}' does not ({splits[kinds[False]].format}); fetch them with two scripts."
+            f"{rows.place(kinds[True])} holds preference data ({splits[kinds[True]].format}), split '{kinds[False]}' "
+            f"does not ({splits[kinds[False]].format}); fetch them one by one."
         )
-    if script.tokens:
-        write_json(directory / TOKENS_FILE, {"tokens": list(script.tokens)})
-    return Fetched(
-        splits=splits, tokens=script.tokens, warnings=[*_repeated(splits), *_never_seen(script.tokens, splits)]
-    )
+    if rows.tokens:
+        write_json(directory / TOKENS_FILE, {"tokens": list(rows.tokens)})
+    return Fetched(splits=splits, tokens=rows.tokens, warnings=[*_repeated(splits), *_never_seen(rows.tokens, splits)])
 
 
 def _counted(rows: Iterator[Any], split: str, progress: Progress) -> Iterator[Any]:

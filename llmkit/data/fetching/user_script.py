@@ -11,6 +11,7 @@ Of the file nothing but these names is looked at.
 
 import hashlib
 import inspect
+import os
 import re
 import sys
 import traceback
@@ -19,7 +20,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from llmkit.config.data_files import SHARD
 from llmkit.errors import ConfigError, DataError, did_you_mean
@@ -52,6 +53,7 @@ class UserScript:
     tokens: tuple[str, ...]
     function: Callable[..., Any]
     takes_split: bool
+    layout: ClassVar[str] = "auto"
 
     def place(self, split: str) -> str:
         """How messages name a split's rows."""
@@ -126,12 +128,21 @@ def _own_lines(path: Path, what: Callable[[], str]) -> Iterator[None]:
 def _told(path: Path, error: BaseException | None) -> Iterator[str]:
     """The exception and what it was raised from, each with the script's own lines: libraries wrap what matters."""
     while error is not None:
-        reason = "".join(traceback.format_exception_only(error)).strip()
+        reason = _unset_variable(error) or "".join(traceback.format_exception_only(error)).strip()
         if len(reason) > LONGEST_REASON:
             reason = reason[:LONGEST_REASON] + " ..."
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         yield "\n".join([reason, *(f"  {path}:{frame.lineno}, in {frame.name}: {frame.line}" for frame in frames)])
         error = error.__cause__
+
+
+def _unset_variable(error: BaseException) -> str:
+    """Words for the KeyError of `os.environ[...]`, which shows the bare name; empty for any other exception."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_by = frames[-1].f_globals.get("__name__") if frames else None
+    if isinstance(error, KeyError) and raised_by == os.__name__:
+        return f"the environment variable {error.args[0]} is not set"
+    return ""
 
 
 def _rows_function(path: Path, module: types.ModuleType) -> Callable[..., Any]:

@@ -102,12 +102,12 @@ class HubSource:
     @contextmanager
     def _explained(self, revision: str) -> Iterator[None]:
         """Turn the libraries' errors about a data set that cannot be had into one message."""
-        import httpx
+        import httpx2
         from datasets.exceptions import DatasetsError
 
         try:
             yield
-        except (OSError, ValueError, RuntimeError, httpx.HTTPError, DatasetsError) as error:
+        except (OSError, ValueError, RuntimeError, httpx2.HTTPError, DatasetsError) as error:
             raise ConfigError(self._explanation(error, revision)) from error
 
     def _explanation(self, error: Exception, revision: str) -> str:

@@ -25,23 +25,27 @@ LARGEST_FIRST_LINE = 64 * 2**20
 PARQUET_BUFFER = 2**20  # bytes of a column that are read at a time; without one, all of a row group
 
 
-def read_file(path: Path, *, limit: int | None = None) -> Iterator[Block]:
+def read_file(path: Path, *, limit: int | None = None, name: str | None = None) -> Iterator[Block]:
     """The rows of a file of any type, `limit` of them at most, in its order.
 
     Raises DataError that names the file, and the line where there is one; blocks of lines leave it to their `rows`.
+
+    Args:
+        name: what messages call the file, if not by its path.
     """
-    with _explained(path):
+    source = name or str(path)
+    with _explained(source):
         if file_type(path) == "parquet":
             with _unzipped(path) as file:
-                yield from _read_parquet(str(path), file, limit)
+                yield from _read_parquet(source, file, limit)
             return
         with _open(path) as file:
             if file_type(path) == "csv":
-                yield from _read_csv(str(path), file, limit)
+                yield from _read_csv(source, file, limit)
             elif _holds_lines(path, file):
-                yield from _read_lines(str(path), file, limit)
+                yield from _read_lines(source, file, limit)
             else:
-                yield from _read_json(str(path), file, limit)
+                yield from _read_json(source, file, limit)
 
 
 def _holds_lines(path: Path, file: IO[bytes]) -> bool:
@@ -192,17 +196,17 @@ def _open(path: Path) -> IO[bytes]:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(source: str) -> Iterator[None]:
     """Turn errors of files that cannot be read into messages that name them."""
     try:
         yield
     except FileNotFoundError as error:
-        raise DataError(f"{path}: does not exist.") from error
+        raise DataError(f"{source}: does not exist.") from error
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{path}: not a whole gzip file ({error}).") from error
+        raise DataError(f"{source}: not a whole gzip file ({error}).") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        raise DataError(f"{source}: cannot be read ({error.strerror or error}).") from error
     except Exception as error:
         if type(error).__module__.startswith("pyarrow"):  # imported only where there is a Parquet file
-            raise DataError(f"{path}: not a Parquet file that can be read ({str(error).splitlines()[0]}).") from error
+            raise DataError(f"{source}: not a Parquet file that can be read ({str(error).splitlines()[0]}).") from error
         raise

@@ -1,4 +1,4 @@
-"""Where rows come from: files, directories and globs, the hub, or the shipped demo."""
+"""Where rows come from: files, directories and globs, here or in a bucket, the hub, or the shipped demo."""
 
 import hashlib
 import json
@@ -8,15 +8,26 @@ from pathlib import Path
 from typing import Protocol
 
 from llmkit.config.data_files import TOKENS_FILE, file_type, find_files, is_gzipped
-from llmkit.config.schema import SourceConfig
+from llmkit.config.schema import DataConfig, SourceConfig
 from llmkit.config.sources import split_source
 from llmkit.data.reading.blocks import Block
 from llmkit.data.reading.content import content_hash, file_state
 from llmkit.data.reading.hub import HubSource
 from llmkit.data.reading.readers import read_file
+from llmkit.data.reading.remote_files import fetch_files
 from llmkit.errors import ConfigError, DataError, did_you_mean
+from llmkit.remote import is_remote
 
-__all__ = ["Block", "Source", "open_source", "shipped_demo", "split_source"]
+__all__ = [
+    "Block",
+    "Source",
+    "listed_tokens",
+    "open_source",
+    "open_training_sources",
+    "shipped_demo",
+    "split_source",
+    "training_sources",
+]
 
 DEMO_SPLITS = ("train", "validation")
 
@@ -35,6 +46,23 @@ class Source(Protocol):
         """The rows, `limit` applied, in pieces that take a few MB. Raises ConfigError for what cannot be read."""
 
 
+def training_sources(data: DataConfig) -> list[tuple[str, SourceConfig]]:
+    """The sources of the training rows, with the config's name for each."""
+    if data.datasets:
+        return [(f"data.datasets[{index}]", source) for index, source in enumerate(data.datasets)]
+    return [("data", data)]
+
+
+def open_training_sources(data: DataConfig, *, preference: bool = False) -> list[Source]:
+    """Those of `training_sources`, opened: see `open_source`."""
+    return [open_source(source, key=key, preference=preference) for key, source in training_sources(data)]
+
+
+def listed_tokens(sources: list[Source]) -> list[str]:
+    """The special tokens that lie beside the rows, without repetition."""
+    return list(dict.fromkeys(token for source in sources for token in source.special_tokens))
+
+
 def open_source(source: SourceConfig, *, key: str = "data", preference: bool = False) -> Source:
     """The source that `source` describes. Of a data set of the hub it finds the commit, and fills in `source.commit`.
 
@@ -43,13 +71,17 @@ def open_source(source: SourceConfig, *, key: str = "data", preference: bool = F
         preference: read the preference part of the demo.
 
     Raises:
-        ConfigError: there is no such source, or it cannot be reached.
+        ConfigError: there is no such source, or the hub cannot be reached.
+        StorageError: a bucket cannot be reached.
     """
     if source.path == "demo":
         return FileSource("demo", [shipped_demo(source.split, preference=preference)], limit=source.limit)
+    said = f"{key}.path={source.path}"
+    if source.path and is_remote(source.path):
+        fetched = fetch_files(source.path, split=source.split, said=said)
+        return FileSource(source.path, list(fetched.values()), limit=source.limit, names=list(fetched))
     if source.path:
-        files = find_files(source.path, split=source.split, said=f"{key}.path={source.path}")
-        return FileSource(source.path, files, limit=source.limit)
+        return FileSource(source.path, find_files(source.path, split=source.split, said=said), limit=source.limit)
     if source.hub_id:
         return HubSource(source, key=key)
     raise ConfigError(f"{key}: say where the rows are, with {key}.path=FILE.")
@@ -65,13 +97,18 @@ def shipped_demo(split: str, *, preference: bool = False) -> Path:
 
 
 class FileSource:
-    """The rows of some files, one file after the other."""
+    """The rows of some files, one file after the other.
 
-    def __init__(self, name: str, files: list[Path], *, limit: int | None):
+    Args:
+        names: what the files are called, where they are copies of others; nobody changes copies.
+    """
+
+    def __init__(self, name: str, files: list[Path], *, limit: int | None, names: list[str] | None = None):
         self.name = name
         self.special_tokens = _special_tokens(files)
-        self.parts = [str(file) for file in files]
+        self.parts = names or [str(file) for file in files]
         self._files, self._limit = files, limit
+        self._are_copies = names is not None
         self._states: list[list[int]] | None = None  # of the files, when they were hashed
 
     def fingerprint(self) -> str:
@@ -90,12 +127,14 @@ class FileSource:
     def blocks(self) -> Iterator[Block]:
         """The rows, `limit` applied, in pieces. Raises DataError that names file and line for what cannot be read."""
         left = self._limit
-        for file in self._files:
+        for file, name in zip(self._files, self.parts, strict=True):
             if left == 0:
                 break
-            for block in read_file(file, limit=left):
+            for block in read_file(file, name=name, limit=left):
                 left = None if left is None else left - len(block)
                 yield block
+        if self._are_copies:  # other runs link to them, which changes a file's times
+            return
         # Else rows would be kept in the cache under the hash of others.
         for file, state in zip(self._files, self._states or [], strict=False):
             if not file.exists() or file_state(file) != state:

@@ -11,6 +11,8 @@ TORCH_INDEX ?=
 SERVE_VENV ?=
 # Test processes side by side.
 WORKERS ?= 2
+# More words for `make chaos`, such as --seed 7 or --kills 500; see tests/chaos/__main__.py.
+CHAOS ?=
 
 # The driver decides and not nvidia-smi alone, which containers often lack.
 ifndef ACCELERATOR
@@ -22,7 +24,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install
 STAMPS := $(VENV)/.stamps
 LAYER = $(PIP) --quiet --no-deps --requirement $<
 
-.PHONY: help demo test lint bench serve-env deepspeed dev pins machine
+.PHONY: help demo test lint bench chaos serve-env deepspeed dev pins machine
 .NOTPARALLEL:  # two pips in one environment undo each other's work
 
 help:  ## list the targets
@@ -41,6 +43,9 @@ lint: machine dev  ## ruff (rules and format) and mypy
 
 bench: machine dev  ## run the measurements in tests/benchmarks
 	@set -e; for bench in $(sort $(wildcard tests/benchmarks/bench_*.py)); do $(PY) $$bench; done
+
+chaos: machine dev  ## kill runs over a thousand times and see that nothing is lost (up to an hour)
+	$(PY) tests/chaos --cold $(CHAOS)
 
 serve-env:  ## add vLLM to the environment (SERVE_VENV=DIR: to its own)
 	@$(MAKE) --no-print-directory VENV=$(or $(SERVE_VENV),$(VENV)) machine $(or $(SERVE_VENV),$(VENV))/.stamps/serve-$(ACCELERATOR)

@@ -5,9 +5,12 @@ A rename is atomic for whoever reads, but only an fsync puts the bytes, and the 
 
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from pathlib import Path
+
+PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}")  # what a file is called until it is whole
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -26,6 +29,13 @@ def write_bytes(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def remove_partials(directory: Path) -> None:
+    """Remove what `write_bytes` had begun in `directory` when its process was killed. Nobody else may write there."""
+    for path in directory.glob(".*"):
+        if PARTIAL.fullmatch(path.name):
+            path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -26,7 +26,7 @@ from llmkit.training.facts import (
     state_facts,
     warn_of_size,
 )
-from llmkit.training.resuming import check_start, find_checkpoint
+from llmkit.training.resuming import check_data, check_start
 from llmkit.training.run_data import prepare_run_data
 from llmkit.training.stopping import StopRequest
 
@@ -51,7 +51,7 @@ def make_ready(
 
     Raises LlmkitError for the user to read.
     """
-    bring_checkpoint(config, run_dir, console)
+    checkpoint = bring_checkpoint(config, run_dir, console)
     device, precision = complete_config(config, run_dir)
     set_seed(config.seed)  # adapters start from random numbers, before the trainer would seed them
 
@@ -61,7 +61,8 @@ def make_ready(
     tokenizer = load_run_tokenizer(config, beside)
     data = prepare_run_data(config, tokenizer, run_dir, console, stop, opened=opened, preference=preference)
 
-    checkpoint = find_checkpoint(config, run_dir, data.fingerprint, console)
+    if checkpoint is not None:
+        check_data(config, run_dir, checkpoint, data.fingerprint)
 
     warn_of_size(config, precision, device, console)
     dtype = loading_dtype(config, precision)

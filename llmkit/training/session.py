@@ -15,6 +15,7 @@ from llmkit.config import TrainConfig
 from llmkit.config.schema import FIGURES_OF_RECIPE
 from llmkit.training.arguments import total_steps
 from llmkit.training.callbacks import BestWeights, Reporting, Samples
+from llmkit.training.checkpoints.manifest import rotate
 from llmkit.training.console import RunConsole
 from llmkit.training.delivery import base_model, model_card, save_final, serve_command
 from llmkit.training.facts import device_name
@@ -114,6 +115,8 @@ class Session:
         """Go on from a checkpoint behind which no step is left: Transformers would train one more (5.19)."""
         self.trainer._load_from_checkpoint(str(checkpoint))
         self.trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        # The process that saved it may have ended before this, and no save follows.
+        rotate(self.run_dir, keep=self.config.checkpoint.keep)
 
     def measure_result(self) -> None:
         """The same figures for what will be delivered: the last weights or the best."""

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from llmkit import rundir
 from llmkit.errors import ConfigError
 from llmkit.storage import StorageError, open_place
-from llmkit.training.checkpoints import mirror
+from llmkit.training.checkpoints import manifest, mirror
 from llmkit.training.checkpoints.mirror import NotCopied, publish
 from llmkit.training.checkpoints.remote import RemoteRun
 
@@ -178,7 +178,7 @@ def test_files_that_could_run_code_are_not_loaded_from_a_bucket_unless_trusted(t
     saved = json.loads(place.read("MANIFEST.json"))
     saved["files"]["global_step5/mp_rank_00_model_states.pt"] = {"size": 1, "sha256": "0" * 64}
     place.write("global_step5/mp_rank_00_model_states.pt", b"x")
-    place.write("MANIFEST.json", json.dumps(saved).encode())
+    place.write("MANIFEST.json", json.dumps(manifest.sealed(saved)).encode())
 
     with pytest.raises(ConfigError, match=r"mp_rank_00_model_states\.pt.*checkpoint\.trust=true"):
         train(*EIGHT, f"checkpoint.remote={s3_url}", run_dir=tmp_path / "two" / "alpha")

@@ -4,6 +4,7 @@ A checkpoint is written beside, made durable, given its manifest and then its na
 manifest does not exist, at whatever instant a process or a machine dies. Imports nothing heavy: the driver asks too.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from llmkit import durable, rundir
 from llmkit.errors import LlmkitError
 
 MANIFEST = "MANIFEST.json"
+SEAL = "sha256"  # in a manifest: of the rest of it
 PARTIAL = ".partial"  # where Transformers writes; behind a dash and a name, where a checkpoint is before it is whole
 DISCARDED = ".discarded"  # what a checkpoint is called while it is being removed
 STEP = re.compile(r"step-(\d{8,})")
@@ -54,7 +56,7 @@ def adopt(written: Path, run_dir: Path, saved: dict[str, Any]) -> Path:
     """Make the files in `written`, which are those that the manifest `saved` lists, a checkpoint of the run."""
     target = run_dir / rundir.CHECKPOINTS / name_of(saved["step"])
     durable.sync_tree(written)
-    durable.write_text(written / MANIFEST, json.dumps(saved, indent=2) + "\n")
+    durable.write_text(written / MANIFEST, json.dumps(sealed(saved), indent=2) + "\n")
     if target.exists():
         _remove(target)
     os.replace(written, target)
@@ -69,6 +71,12 @@ def committed(run_dir: Path) -> list[Path]:
         return []
     found = [path for path in folder.iterdir() if STEP.fullmatch(path.name) and is_committed(path)]
     return sorted(found, key=step_of)
+
+
+def named(run_dir: Path) -> list[Path]:
+    """All that have a checkpoint's name, newest first. One that is not committed was once, and has been damaged."""
+    found = [path for path in (run_dir / rundir.CHECKPOINTS).glob("step-*") if STEP.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def latest(run_dir: Path) -> Path | None:
@@ -91,15 +99,39 @@ def is_committed(checkpoint: Path) -> bool:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """What a committed checkpoint says of itself: `step`, `files`, and the facts it was committed with."""
-    return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    """What a committed checkpoint says of itself: `step`, `files`, and the facts it was committed with.
+
+    Raises OSError or ValueError if the manifest is not there or not as it was written.
+    """
+    return parse((checkpoint / MANIFEST).read_bytes())
+
+
+def parse(content: bytes) -> dict[str, Any]:
+    """The manifest that a file holds. Raises ValueError if it is not as it was written."""
+    saved = json.loads(content)
+    if not isinstance(saved, dict) or saved != sealed(saved):
+        raise ValueError("its own sha256 differs")
+    return saved
+
+
+def sealed(saved: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with the sha256 of all that it says."""
+    said = {key: value for key, value in saved.items() if key != SEAL}
+    return {**said, SEAL: hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()}
 
 
 def verify(checkpoint: Path) -> None:
     """Read every byte. Raises DamagedCheckpoint if one is not as it was written."""
-    for name, about in read_manifest(checkpoint)["files"].items():
-        if durable.sha256_of(checkpoint / name) != about["sha256"]:
-            raise DamagedCheckpoint(f"{checkpoint / name} is not what was saved (its sha256 differs)")
+    try:
+        files = read_manifest(checkpoint)["files"]
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{checkpoint / MANIFEST} is not what was saved ({error})") from error
+    for name, about in files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise DamagedCheckpoint(f"{file} is gone")
+        if durable.sha256_of(file) != about["sha256"]:
+            raise DamagedCheckpoint(f"{file} is not what was saved (its sha256 differs)")
 
 
 def best(checkpoints: Collection[Path]) -> Path | None:
@@ -129,6 +161,7 @@ def remove_leftovers(run_dir: Path) -> None:
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name.startswith((f"{PARTIAL}-", f"{DISCARDED}-")):
             shutil.rmtree(path, ignore_errors=True)
+    durable.remove_partials(run_dir)
 
 
 def set_aside(checkpoint: Path) -> Path:

@@ -16,29 +16,40 @@ from llmkit.training.console import RunConsole
 OWN = ("auto", "never")
 
 
-def bring_checkpoint(config: TrainConfig, run_dir: Path, console: RunConsole) -> None:
-    """Have the checkpoint that the run is to go on from among its own, and say which and why.
+def bring_checkpoint(config: TrainConfig, run_dir: Path, console: RunConsole) -> Path | None:
+    """The checkpoint that the run goes on from, one of its own by now and whole to the last byte; None to start.
 
     Raises:
         ConfigError: `resume` names no checkpoint, or one of another config.
         StorageError: the place did not answer as it should. "Not there" is an answer; nothing else starts afresh.
     """
-    own = manifest.latest(run_dir)
-    if config.resume not in OWN:
-        if own is None:
-            own = _from_elsewhere(config, run_dir, console)
-            why = f"resume={config.resume}"
-        else:
-            why = f"its own newest; resume={config.resume} has been taken up before"
-    else:
-        why = "its newest checkpoint"
+    manifest.remove_leftovers(run_dir)
+    own, why = newest_whole(run_dir, console), "its newest checkpoint"
+    if config.resume in OWN:
         remote = run_place(config, run_dir)
         if remote is not None and config.resume == "auto":
             own, why = _newer_of(own, RemoteRun(remote), config, run_dir, console)
+    elif own is None:
+        own, why = _from_elsewhere(config, run_dir, console), f"resume={config.resume}"
+    else:
+        why = f"its own newest; resume={config.resume} has been taken up before"
     if own is None:
         console.fact("resume", "nothing to go on from: the run starts from the beginning")
     else:
         console.fact("resume", f"goes on from step {manifest.step_of(own)} ({why})")
+    return own
+
+
+def newest_whole(run_dir: Path, console: RunConsole) -> Path | None:
+    """The newest checkpoint of a run that is as it was written; damaged ones are set aside with a warning."""
+    for checkpoint in manifest.named(run_dir):
+        try:
+            manifest.verify(checkpoint)
+        except manifest.DamagedCheckpoint as error:
+            console.warn(f"{error}; it is left in {manifest.set_aside(checkpoint).name}, and the one before is taken.")
+        else:
+            return checkpoint
+    return None
 
 
 def _newer_of(

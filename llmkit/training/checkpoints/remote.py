@@ -67,11 +67,9 @@ class RemoteRun:
         return dict(sorted(found.items()))
 
     def _manifest(self, name: str) -> dict[str, Any] | None:
-        content = self.place.read(name)
         try:
-            saved = json.loads(content or b"")
-            return saved if isinstance(saved["files"], dict) else None
-        except (ValueError, KeyError, TypeError):
+            return manifest.parse(self.place.read(name) or b"")
+        except ValueError:
             return None
 
     def fetch(self, step: int, saved: dict[str, Any], run_dir: Path, *, trust: bool) -> Path:

@@ -165,10 +165,10 @@ class RunMixin:
         step = self.state.global_step
         if self.is_deepspeed_enabled:  # it writes its own files, from every rank
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
-            own = gather_object([self.accumulators()])
+            files = state_files(self, gather_object([self.accumulators()]))  # every rank takes part
             if self.args.should_save:
                 written = Path(self.args.output_dir) / f"checkpoint-{step}"
-                self.writer.commit(written, step, state_files(self, own) | self.run_files(), self.facts())
+                self.writer.commit(written, step, files | self.run_files(), self.facts())
             self.accelerator.wait_for_everyone()
             return
         contents = collect(self)

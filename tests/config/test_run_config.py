@@ -166,7 +166,10 @@ def test_environment_variables_are_compared_as_one_value(compose):
     assert lines == ["hardware.env: {'A': '1'} -> {'A': '2'}"]
 
 
-@pytest.mark.parametrize("group", [group for group in GROUPS if group not in ("training", "evaluation")])
+NAMELESS = ("training", "checkpoint", "evaluation")  # their options are nothing but values
+
+
+@pytest.mark.parametrize("group", [group for group in GROUPS if group not in NAMELESS])
 def test_a_repeated_run_chooses_the_same_option_of_every_group(compose, tmp_path, group):
     from llmkit.config.registration import group_options
 
@@ -174,6 +177,23 @@ def test_a_repeated_run_chooses_the_same_option_of_every_group(compose, tmp_path
     save(compose(f"{group}={option}"), tmp_path)
 
     assert getattr(compose(tmp_path / "config.yaml"), group).name == option
+
+
+def test_how_one_command_was_to_go_on_is_not_repeated_and_what_is_switched_off_stays_off(compose, tmp_path):
+    save(compose("checkpoint=off", "resume=never", "resume_allow=[seed]"), tmp_path)
+
+    repeated = compose(tmp_path / "config.yaml")
+
+    assert repeated.checkpoint.minutes is None
+    assert (repeated.resume, repeated.resume_allow) == ("auto", [])
+
+
+def test_what_resume_allow_names_is_no_difference(compose):
+    old, other = compose(), ("seed=1", "training.max_steps=9", "data.max_length=99")
+
+    (line,) = differences(old, compose(*other, "resume_allow=[seed,training]"))
+    assert line.startswith("data.max_length: ")
+    assert differences(old, compose(*other, "resume_allow=[seed,training,data]")) == []
 
 
 def test_local_files_are_named_by_absolute_paths_and_names_of_options_are_not(

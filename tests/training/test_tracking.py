@@ -116,3 +116,24 @@ def test_a_tracker_that_cannot_be_reached_does_not_hold_up_the_run(run_llmkit, t
     assert "W&B cannot be reached" in done.stderr
     assert list((tmp_path / "runs/alpha/wandb").glob("offline-run-*/run-*.wandb"))
     assert "a" * 40 not in done.stdout + done.stderr
+
+
+def test_a_run_that_goes_on_is_the_same_run_to_the_tracker(tmp_path):
+    directory, env = tmp_path, os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    words = ["tracking=wandb", "name=alpha", "evaluation=off", "training.save_steps=2", "training.max_steps=3"]
+    for more in ([], ["training.max_steps=4", "resume_allow=[training.max_steps]"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "llmkit.train", *words, *more],
+            cwd=directory,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    files = list((directory / "runs/alpha/wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2
+    assert len({file.stem for file in files}) == 1  # run-<id>
+    manifests = [json.loads(file.read_text()) for file in directory.glob("runs/alpha/checkpoints/*/MANIFEST.json")]
+    assert {f"run-{saved['tracker']}" for saved in manifests} == {files[0].stem}

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_hub import FakeHub
 
 from llmkit.config.registration import group_names, group_options
 
@@ -46,15 +47,22 @@ def bucket(s3_server):
     return s3_server.environment
 
 
+@pytest.fixture(scope="module")
+def hub(tiny_model_dir, tmp_path_factory):
+    """What leads to a hub that has the tiny model under the hub's names."""
+    with FakeHub(dict.fromkeys(HUB_MODELS.values(), tiny_model_dir)) as hub:
+        yield hub.environment(tmp_path_factory.mktemp("hub"))
+
+
 @pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith("make")])
-def test_a_command_of_the_readme_runs(command, workplace, bucket, monkeypatch):
+def test_a_command_of_the_readme_runs(command, workplace, bucket, hub, monkeypatch):
     words = shlex.split(command)
     verb = [sys.executable, "-m", "llmkit"] if words[0] == "llmkit" else [sys.executable, *words[1:3]]
     arguments = words[1:] if words[0] == "llmkit" else words[3:]
     trains = "train" in command and not {"--help", "--cfg"} & set(arguments)
     monkeypatch.setenv("PYTHONPATH", str(CHECKOUT))
     monkeypatch.setenv("HF_HOME", str(workplace / "huggingface"))
-    for name, value in bucket.items():
+    for name, value in (bucket | (hub if "fetch model" in command else {})).items():
         monkeypatch.setenv(name, value)
 
     done = subprocess.run(

@@ -20,7 +20,7 @@ from llmkit import rundir
 from llmkit.config import TrainConfig, resolve
 from llmkit.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_WRONG_INPUT, ConfigError
 from llmkit.hangup import keep_output
-from llmkit.launchers.prepare import changed_since, finished_elsewhere, finished_result, prepare
+from llmkit.launchers.prepare import changed_since, finished_elsewhere, finished_result, prepare, send_what_is_missing
 from llmkit.launchers.sweep import Job, Sweep
 from llmkit.training.checkpoints.manifest import latest
 from llmkit.training.stopping import ECHO, SIGNALS
@@ -33,6 +33,7 @@ def run_here(config: TrainConfig, run_dir: Path) -> int:
         print(f"{run_dir} holds this run, finished{value}. Nothing to do.")
         if changed_since(config.data.path, run_dir / rundir.RESULT):
             print(f"warning: {config.data.path} has changed since; another name= trains on it.", file=sys.stderr)
+        send_what_is_missing(config, run_dir)
         return EXIT_DONE
     if elsewhere := finished_elsewhere(config, run_dir):
         there, _ = elsewhere
@@ -85,7 +86,7 @@ def _exit_code(returncode: int, run_dir: Path, *, stopped: bool) -> int:
             saved = latest(run_dir)
             there = f"; {saved.name} is saved" if saved else " before a step was saved"
             rundir.write_result(run_dir, status="preempted" if saved else "stopped", error=f"ended at once{there}")
-            print(f"{run_dir}: ended at once{there}; the same command goes on.", file=sys.stderr)
+            print(f"{run_dir}: ended at once{there}; llmkit resume {run_dir} goes on.", file=sys.stderr)
         return EXIT_PREEMPTED
     if returncode < 0:
         name = signal.Signals(-returncode).name
@@ -221,7 +222,7 @@ def _run_all(sweep: Sweep) -> None:
 
 def _start(job: Job, device: str | None, threads: int | None) -> _Running:
     lock = prepare(job.config, job.run_dir)
-    output = open(job.run_dir / rundir.CONSOLE, "w", encoding="utf-8")  # noqa: SIM115 - closed when the job ends
+    output = open(job.run_dir / rundir.CONSOLE, "a", encoding="utf-8")  # noqa: SIM115 - closed when the job ends
     env = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
     if threads and "OMP_NUM_THREADS" not in os.environ:
         # Two jobs with a thread per core each wait for one another at every operation: seen 100 times slower.

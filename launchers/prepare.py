@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import IO
 
 from llmkit import rundir
-from llmkit.config import TrainConfig, adopt_findings, differences, load, save
+from llmkit.config import TrainConfig, adopt_findings, differences, load, other_config, save
 from llmkit.errors import ConfigError
 from llmkit.training.checkpoints.manifest import latest
+from llmkit.training.checkpoints.mirror import publish
 from llmkit.training.checkpoints.remote import RemoteRun, run_place
 
 
@@ -24,8 +25,10 @@ def finished_result(config: TrainConfig, run_dir: Path) -> dict | None:
     result = rundir.read_result(run_dir)
     finished = result is not None and result["status"] == "completed"
     earlier = load(run_dir)
-    if finished or _has_trained(run_dir):
-        _refuse_other(earlier, config, f"{run_dir} holds {'a finished' if finished else 'an unfinished'} run")
+    changed = differences(earlier, config)
+    if changed and (finished or _has_trained(run_dir)):
+        what = f"{run_dir} holds {'a finished' if finished else 'an unfinished'} run"
+        raise other_config(what, changed, go_on=latest(run_dir) is not None)
     if finished and _goes_further(earlier, config, run_dir):
         return None
     return result if finished else None
@@ -48,7 +51,8 @@ def finished_elsewhere(config: TrainConfig, run_dir: Path) -> tuple[str, dict] |
             f"resume=never: {place.url} holds a run already, which a run that starts over would mix with; choose "
             "another name= or checkpoint.remote=, or remove it."
         )
-    _refuse_other(earlier, config, f"{place.url} holds a run")
+    if changed := differences(earlier, config):
+        raise other_config(f"{place.url} holds a run", changed)
     result = remote.result()
     finished = result is not None and result["status"] == "completed" and not config.resume_allow
     return (place.url, result) if result is not None and finished else None
@@ -64,16 +68,6 @@ def _refuse_strange(run_dir: Path) -> None:
         raise ConfigError(f"{run_dir} holds a sweep; choose another name= for a single run.")
     if not (run_dir / rundir.CONFIG).exists() and any(path.name != rundir.LOCK for path in run_dir.iterdir()):
         raise ConfigError(f"{run_dir} exists and is not a run directory; choose another name= or run_dir=.")
-
-
-def _refuse_other(earlier: TrainConfig, config: TrainConfig, what: str) -> None:
-    """Raise ConfigError with what differs, unless resume_allow names it."""
-    if changed := differences(earlier, config):
-        keys = ",".join(line.partition(":")[0] for line in changed)
-        raise ConfigError(
-            f"{what} of another config; nothing was changed. Choose another name=, go back to its values, or go on all "
-            f"the same with resume_allow=[{keys}]: {'; '.join(changed)}."
-        )
 
 
 def _has_trained(run_dir: Path) -> bool:
@@ -94,6 +88,22 @@ def _goes_further(earlier: TrainConfig, config: TrainConfig, run_dir: Path) -> b
             "under another name= starts from its weights."
         )
     return bool(changed)
+
+
+def send_what_is_missing(config: TrainConfig, run_dir: Path) -> None:
+    """Bring the copy of a finished run up to date, if it is to have one and it is not complete.
+
+    Raises NotCopied, or StorageError if the place does not answer.
+    """
+    place = run_place(config, run_dir)
+    if place is None:
+        return
+    remote = RemoteRun(place)
+    if remote.result() != rundir.read_result(run_dir):
+        print(f"copy       {place.url} is not complete; sending what is missing")
+        with rundir.lock(run_dir):
+            publish(remote, run_dir, checkpoints=config.checkpoint.keep)
+        print(f"copy       {place.url} is complete")
 
 
 def changed_since(path: str | None, result: Path) -> bool:

@@ -2,11 +2,15 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmkit import rundir
 from llmkit.cli import guarded
-from llmkit.config import load
+from llmkit.config import TrainConfig, differences, load
 from llmkit.errors import EXIT_DONE, ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from llmkit.training.checkpoints.remote import RemoteRun
 
 HELP = """\
 llmkit export run=RUN_DIR to=PLACE [checkpoints=true]
@@ -45,9 +49,19 @@ def _export(argv: list[str]) -> int:
     with rundir.lock(run_dir):  # a run at work changes what is copied
         if not (run_dir / rundir.FINAL).is_dir() and checkpoints == 0:
             raise ConfigError(f"run={run_dir} has no {rundir.FINAL}/ yet; checkpoints=true copies its checkpoints.")
+        _refuse_other(RemoteRun(place), config)
         publish(RemoteRun(place), run_dir, checkpoints=checkpoints)
     print(f"{place.url} holds {run_dir}")
     return EXIT_DONE
+
+
+def _refuse_other(there: "RemoteRun", config: TrainConfig) -> None:
+    """Raise ConfigError if the place holds another run, or something else."""
+    other = there.config()
+    if other is not None and (changed := differences(other, config)):
+        raise ConfigError(f"to={there.place.url} holds another run ({'; '.join(changed)}); choose another to=.")
+    if other is None and there.place.files():
+        raise ConfigError(f"to={there.place.url} holds other files; choose another to=.")
 
 
 def _settings(argv: list[str]) -> dict[str, str]:

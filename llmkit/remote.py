@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from llmkit.byte_progress import byte_progress
 from llmkit.config.schema import StorageConfig
 from llmkit.errors import ConfigError
+from llmkit.storage import names
 
 if TYPE_CHECKING:
     from llmkit.storage import Entry
@@ -34,8 +35,8 @@ def reach_with(config: StorageConfig) -> None:
 
 
 def is_remote(path: str | None) -> bool:
-    """Whether `path` is an address in a bucket."""
-    return path is not None and path.startswith(SCHEME)
+    """Whether `path` is an address in a bucket. Raises ConfigError for one that is nearly or not quite."""
+    return path is not None and names.is_remote(path)
 
 
 def joined(address: str, name: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llmkit import rundir, train
 from llmkit.cli import guarded
-from llmkit.config import save
+from llmkit.config import load, save
 from llmkit.errors import EXIT_DONE, ConfigError
 
 HELP = """\
@@ -33,15 +33,33 @@ def _resume(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(HELP)
         return EXIT_DONE
-    named = bool(argv) and "=" not in argv[0] and not argv[0].startswith("-")
-    run_dir = _run_directory(argv[0]) if named else newest_unfinished(Path("runs"))
+    named = bool(argv) and _names_a_run(argv[0])
     words = argv[1:] if named else argv
-    return train.main([str(run_dir / rundir.CONFIG), f"run_dir={run_dir}", *words])
+    if named and "://" in argv[0]:
+        run_dir = _from_bucket(argv[0].rstrip("/"), words)
+        if run_dir is None:
+            return EXIT_DONE
+    else:
+        run_dir = _run_directory(argv[0]) if named else newest_unfinished(Path("runs"))
+    return train.main([str(run_dir / rundir.CONFIG), f"run_dir={run_dir}", *_origin_of(run_dir), *words])
+
+
+def _origin_of(run_dir: Path) -> list[str]:
+    """Where a run that has no checkpoint of its own yet was to go on from, if from anywhere."""
+    from llmkit.training.checkpoints.manifest import latest
+
+    config = load(run_dir)
+    if config.resume in ("auto", "never") or latest(run_dir) is not None:
+        return []
+    return [f"resume={config.resume}", f"resume_allow=[{','.join(config.resume_allow)}]"]
+
+
+def _names_a_run(word: str) -> bool:
+    """A sweep's jobs are called KEY=VALUE, as overrides are."""
+    return not word.startswith("-") and ("=" not in word or "://" in word or Path(word).expanduser().exists())
 
 
 def _run_directory(word: str) -> Path:
-    if "://" in word:
-        return _from_bucket(word.rstrip("/"))
     run_dir = Path(word).expanduser()
     if run_dir.name == rundir.CONFIG:
         run_dir = run_dir.parent
@@ -54,20 +72,40 @@ def _run_directory(word: str) -> Path:
     return run_dir
 
 
-def _from_bucket(url: str) -> Path:
-    """runs/NAME for the run that checkpoint.remote keeps at `.../NAME`, with the config it has there."""
-    from llmkit.config.schema import StorageConfig
+def _from_bucket(url: str, words: list[str]) -> Path | None:
+    """runs/NAME for the run that checkpoint.remote keeps at `.../NAME`, with the config it has there; None: finished.
+
+    Raises ConfigError if there is no run, or runs/NAME is something else.
+    """
+    from llmkit.config.arguments import storage_of
     from llmkit.storage import open_place
     from llmkit.training.checkpoints.remote import RemoteRun
 
-    config = RemoteRun(open_place(url, StorageConfig())).config()
+    storage = storage_of(words)
+    remote = RemoteRun(open_place(url, storage))
+    config = remote.config()
     if config is None:
-        raise ConfigError(f"{url} holds no run: there is no {rundir.CONFIG} there.")
+        names = remote.place.files() if url.count("/") > 2 else {}
+        runs = sorted(folder for folder, _, file in (name.partition("/") for name in names) if file == rundir.CONFIG)
+        below = f" Runs below it: {', '.join(runs[:10])}." if runs else ""
+        raise ConfigError(f"{url} holds no run: there is no {rundir.CONFIG} there.{below}")
+    if (remote.result() or {}).get("status") == "completed" and not words:
+        print(f"{url} holds this run, finished; its model is in {url}/{rundir.FINAL}. Nothing to do.")
+        return None
     above, _, name = url.rpartition("/")
     run_dir = Path("runs") / name
-    if not (run_dir / rundir.CONFIG).exists():
+    if (run_dir / rundir.CONFIG).exists():
+        if (load(run_dir).checkpoint.remote or "").rstrip("/") != above:
+            raise ConfigError(
+                f"{run_dir} is another run, not the one at {url}. Go on in another directory, or move it away."
+            )
+    elif run_dir.exists() and any(run_dir.iterdir()):
+        raise ConfigError(f"{run_dir} exists and is not a run directory; go on in another directory, or move it away.")
+    else:
         run_dir.mkdir(parents=True, exist_ok=True)
-        config.checkpoint.remote = above
+        config.checkpoint.remote, config.storage = above, storage
+        # Whoever can write to the bucket could have said so.
+        config.checkpoint.trust = config.model.trust_remote_code = False
         save(config, run_dir)
     return run_dir
 
@@ -75,8 +113,11 @@ def _from_bucket(url: str) -> Path:
 def newest_unfinished(runs: Path) -> Path:
     """The run below `runs` that was last at work and has not finished. Raises ConfigError if there is none."""
     unfinished = [path for path in _runs(runs) if (rundir.read_result(path) or {}).get("status") != "completed"]
+    at_work = [path for path in unfinished if rundir.is_locked(path)]
+    unfinished = [path for path in unfinished if path not in at_work]
     if not unfinished:
-        raise ConfigError(f"{runs.absolute()} holds no unfinished run; say which: llmkit resume RUN_DIR.")
+        also = f" (at work now: {', '.join(path.name for path in at_work)})" if at_work else ""
+        raise ConfigError(f"{runs.absolute()} holds no unfinished run{also}; say which: llmkit resume RUN_DIR.")
     newest = max(unfinished, key=_last_at_work)
     print(f"resume     {newest}: the newest unfinished run")
     return newest

@@ -93,6 +93,18 @@ def discard_unused(run_dir: Path) -> None:
         shutil.rmtree(run_dir, ignore_errors=True)
 
 
+def is_locked(run_dir: Path) -> bool:
+    """Whether somebody writes to the run directory now."""
+    try:
+        with open(run_dir / LOCK, encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def lock(run_dir: Path) -> IO[str]:
     """Become the one writer of `run_dir`; the lock ends when the returned file (and its copies in children) close.
 

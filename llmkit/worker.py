@@ -9,6 +9,7 @@ import gc
 import importlib
 import logging
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -25,6 +26,7 @@ from llmkit.hangup import keep_output
 from llmkit.processes import die_with_parent
 from llmkit.remote import reach_with
 from llmkit.training.advice import is_out_of_memory, reason, untried_changes
+from llmkit.training.checkpoints.manifest import latest
 from llmkit.training.checkpoints.mirror import publish
 from llmkit.training.checkpoints.remote import RemoteRun, run_place
 from llmkit.training.stopping import StopRequest
@@ -74,12 +76,17 @@ def _run(config: TrainConfig, run_dir: Path) -> int:
         )
         if isinstance(error, LlmkitError):
             print_error(error)
-            return error.exit_code
+            return _publish(config, run_dir, error.exit_code) if latest(run_dir) else error.exit_code
         traceback.print_exc()
         print(f"error: {message}", file=sys.stderr)
-        return EXIT_FAILED
+        return _publish(config, run_dir, EXIT_FAILED) if latest(run_dir) else EXIT_FAILED
     rundir.write_result(run_dir, **result)
-    return _publish(config, run_dir, EXIT_DONE if result["status"] == "completed" else EXIT_PREEMPTED)
+    if result["status"] != "completed":
+        return _publish(config, run_dir, EXIT_PREEMPTED)
+    code = _publish(config, run_dir, EXIT_DONE)
+    if config.training.save_steps is None:  # those that were made have done their duty
+        shutil.rmtree(run_dir / rundir.CHECKPOINTS, ignore_errors=True)
+    return code
 
 
 def _publish(config: TrainConfig, run_dir: Path, code: int) -> int:
@@ -87,8 +94,22 @@ def _publish(config: TrainConfig, run_dir: Path, code: int) -> int:
     place = run_place(config, run_dir)
     if place is None:
         return code
+    finished = code == EXIT_DONE and config.training.save_steps is None
+    keep, remote = config.checkpoint.keep, RemoteRun(place)
     try:
-        publish(RemoteRun(place), run_dir, checkpoints=config.checkpoint.keep, patience=config.checkpoint.patience_s)
+        checkpoints = 0 if finished else keep
+        publish(
+            remote,
+            run_dir,
+            checkpoints=checkpoints,
+            owned=True,
+            patience=config.checkpoint.patience_s,
+            tell=lambda text: print(f"warning: {text}", file=sys.stderr, flush=True),
+        )
+        if finished:
+            remote.remove_checkpoints()
+        elsewhere = "" if code == EXIT_DONE else f"; anywhere else: llmkit resume {place.url}"
+        print(f"{'copy':<10} {place.url} is complete{elsewhere}", flush=True)
     except LlmkitError as error:
         print_error(error)
         return code or error.exit_code

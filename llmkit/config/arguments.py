@@ -204,6 +204,11 @@ def _model_of_start(values: dict[str, str]) -> str | None:
     return implied_model(values.get("init_from", ""))
 
 
+def storage_of(words: list[str]) -> StorageConfig:
+    """The settings of buckets among the words of a command line, before it is composed."""
+    return _storage(dict(split_override(word) for word in words if "=" in word))
+
+
 def _storage(values: dict[str, str]) -> StorageConfig:
     """The settings of buckets among overrides in Hydra's grammar; wrong ones are explained when all are checked."""
     words = [f"{key.removeprefix('storage.')}={value}" for key, value in values.items() if key.startswith("storage.")]

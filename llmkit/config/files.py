@@ -22,6 +22,12 @@ NOT_COMPARED = (
     *("training.save_steps", "data.num_proc"),
     *("hardware.name", "hardware.memory_gib", "hardware.precisions", "hardware.price_per_hour"),
 )
+# What decides which weights there are: a checkpoint with others cannot be loaded.
+NEVER_ALLOWED = (
+    *("recipe", "method", "qlora", "freeze", "model.hub_id", "data.special_tokens", "data.special_tokens_init"),
+    *("lora.r", "lora.target_modules", "lora.modules_to_save", "lora.use_dora", "lora.bias"),
+    "lora.layers_to_transform",
+)
 UNSET: tuple[Any, ...] = (None, "auto", {})
 # Found on the hub by the worker, whatever the config says.
 COMMITS = ("model.commit", "data.commit")
@@ -68,9 +74,29 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     for key in sorted(before.keys() | after.keys()):
         left, right = before.get(key), after.get(key)
         left = _as_open_as(key, left, right, derived=old.derived)
-        if left != right and not _among(key, NOT_COMPARED) and not _among(key, new.resume_allow):
+        allowed = _among(key, new.resume_allow) and not _among(key, NEVER_ALLOWED)
+        follows = key in old.derived and key in new.derived  # from another key, which is compared
+        if left != right and not (_among(key, NOT_COMPARED) or allowed or follows):
             lines.append(f"{key}: {left} -> {right}")
     return lines
+
+
+def other_config(what: str, changed: list[str], *, go_on: bool = True) -> ConfigError:
+    """The answer to a command that differs from the run it would go on with.
+
+    Args:
+        what: what there is, as the beginning of a sentence that goes on with "another config".
+        changed: what differs, see `differences`.
+        go_on: whether there is anything to go on from.
+    """
+    keys = [line.partition(":")[0] for line in changed]
+    ways = "go back to these values, or choose another name="
+    if any(_among(key, NEVER_ALLOWED) for key in keys) or not go_on:
+        ways += "; init_from=RUN under another name= starts from its weights"
+    else:
+        ways += f"; or go on all the same with 'resume_allow=[{','.join(keys)}]'"
+    first = f"{what} of another config; nothing was changed. There -> asked for:"
+    return ConfigError("\n  ".join([first, *changed, ways]))
 
 
 def _among(key: str, named: Iterable[str]) -> bool:

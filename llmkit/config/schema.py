@@ -394,8 +394,8 @@ class TrainConfig:
     )
     resume: str = setting(
         "auto",
-        "Go on with the run's own newest checkpoint (auto), start over (never), or go on with another: a run, a "
-        "checkpoint, s3://...",
+        "Go on with the run's own newest checkpoint (auto), start over (never), or, where it has none, with another: a "
+        "run, a checkpoint, s3://...",
         text=True,
     )
     resume_allow: list[str] = setting(

@@ -8,6 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from llmkit.config.files import NEVER_ALLOWED
 from llmkit.config.resolve import device_count, resolve_batch
 from llmkit.config.schema import (
     FIGURES_OF_RECIPE,
@@ -61,6 +62,8 @@ def _checkpoint_problems(config: TrainConfig) -> list[str]:
     for name in config.resume_allow:
         if name not in known:
             problems.append(f"resume_allow: {name} is no key and no node.{did_you_mean(name, known)}")
+        elif name in NEVER_ALLOWED:
+            problems.append(f"resume_allow: {name} decides which weights there are, so it has to be as it was.")
     return problems
 
 
@@ -96,6 +99,8 @@ def warnings(config: TrainConfig) -> list[str]:
         found.append(
             "training.warmup_steps has no effect with lr_scheduler_type=constant; constant_with_warmup has one."
         )
+    if (remote := config.checkpoint.remote) and "://" not in remote and _same_disk(Path(remote), Path.cwd()):
+        found.append(f"checkpoint.remote={remote} is a directory on the run's own disk; a bucket is s3://BUCKET/PATH.")
     if config.model.path and config.model.hub_id:
         found.append(f"model.hub_id={config.model.hub_id} has no effect: model.path={config.model.path} is loaded.")
     if config.model.revision != "main" and (config.model.path or not config.model.hub_id):
@@ -114,6 +119,12 @@ def warnings(config: TrainConfig) -> list[str]:
             if getattr(config.qlora, key) != getattr(QloraConfig(), key):
                 found.append(f"qlora.{key} has no effect with qlora.bits=8.")
     return found + data_warnings(config) + dpo_warnings(config)
+
+
+def _same_disk(place: Path, other: Path) -> bool:
+    while not place.exists():
+        place = place.parent
+    return place.stat().st_dev == other.stat().st_dev
 
 
 def _range_problems(node: Any, prefix: str = "") -> list[str]:

@@ -27,6 +27,10 @@ class Address(NamedTuple):
 
 def is_remote(place: str) -> bool:
     """Whether `place` is in a bucket. Raises ConfigError for a URL that is not `s3://`."""
+    if place.startswith("s3:") and not place.startswith("s3://"):
+        raise ConfigError(
+            f"{place}: an address in a bucket begins with s3://; did you mean s3://{place[3:].lstrip('/')}?"
+        )
     match = _SCHEME.match(place)
     if match and match["scheme"] != "s3":
         raise ConfigError(f"{place}: llmkit keeps files on this machine or in s3://BUCKET/PATH, not in {match[0]}")

@@ -138,7 +138,7 @@ class Saving(TrainerCallback):
 
     Args:
         checkpoint: what training goes on from, if it does.
-        minutes: a checkpoint is due after this long without one; None: never for that reason.
+        minutes: a checkpoint is due after this long without one, and at the last step; None: never for that reason.
     """
 
     def __init__(self, trainer: Any, stop: StopRequest, *, checkpoint: Path | None, minutes: float | None):
@@ -148,11 +148,13 @@ class Saving(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.checkpoint is not None:
             load_accumulators(self.trainer, self.checkpoint)
-            args.eval_on_start = read_manifest(self.checkpoint)["evaluation_pending"]
+            args.eval_on_start = self.trainer.evaluation_pending = read_manifest(self.checkpoint)["evaluation_pending"]
         self.trainer.writer.last_begun = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         due = time.monotonic() - self.trainer.writer.last_begun > self.seconds
+        # What comes after the last step can take long too.
+        due |= state.global_step >= state.max_steps and self.seconds < math.inf
         stop, due = any_rank(self.stop.signal is not None, due, device=args.device)
         control.should_save |= stop or due
         control.should_training_stop |= stop

@@ -57,14 +57,16 @@ class Saves:
         trainer.run_files = lambda: records(self.run_dir)
         trainer.facts = lambda: self._facts(trainer, metrics, tracker)
         if (place := run_place(self.config, self.run_dir)) is not None:
-            self._mirror = Mirror(RemoteRun(place), self.run_dir, keep=checkpoint.keep, warn=self.console.warn)
+            remote = RemoteRun(place)
+            remote.claim(self.run_dir)
+            self._mirror = Mirror(remote, self.run_dir, keep=checkpoint.keep, warn=self.console.warn)
             trainer.writer.committed = self._mirror.offer
             self.console.fact("mirror", place.url)
 
     def end(self) -> None:
-        """Let what is on its way to the copy arrive; the worker sends what is then missing."""
+        """No more checkpoints come; the worker brings the copy up to date."""
         if self._mirror is not None:
-            self._mirror.close(wait=self.config.checkpoint.patience_s)
+            self._mirror.close()
 
     def _facts(self, trainer: Any, metrics: MetricsFile, tracker: NoTracker) -> dict[str, Any]:
         """What the manifest of a checkpoint made now says, beside its files."""

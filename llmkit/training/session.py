@@ -13,9 +13,10 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 from llmkit import rundir
 from llmkit.config import TrainConfig
 from llmkit.config.schema import FIGURES_OF_RECIPE
+from llmkit.errors import Stopped
 from llmkit.training.arguments import total_steps
 from llmkit.training.callbacks import BestWeights, Reporting, Samples
-from llmkit.training.checkpoints.manifest import rotate
+from llmkit.training.checkpoints.manifest import latest, rotate, step_of
 from llmkit.training.console import RunConsole
 from llmkit.training.delivery import base_model, model_card, save_final, serve_command
 from llmkit.training.facts import device_name
@@ -28,6 +29,7 @@ from llmkit.training.ready import Ready
 from llmkit.training.saves import Saves
 from llmkit.training.stopping import StopRequest
 from llmkit.training.tracking import start_tracker
+from llmkit.training.trainer import EvaluationStopped
 from llmkit.training.versions import versions
 
 
@@ -97,7 +99,10 @@ class Session:
         if self.saves.origin or not self.config.evaluation.baseline:
             return
         self.console.fact("before", "figures and answers of the model as it starts")
-        self.base = self._measure()
+        try:
+            self.base = self._measure()
+        except EvaluationStopped as error:
+            raise Stopped(f"stopped by {self.stop.signal} before the first step; the same command begins.") from error
 
     def train(self) -> None:
         """Train to the end, or to the step at which a stop was asked for; every checkpoint is then on the disk."""
@@ -108,29 +113,49 @@ class Session:
         else:
             self.trainer.train(resume_from_checkpoint=str(origin) if origin else None)
         self.console.end()
-        self.trainer.writer.wait()
-        self.stopped = self.trainer.state.global_step < self.trainer.state.max_steps
+        state = self.trainer.state
+        self.stopped = state.global_step < state.max_steps or self.trainer.evaluation_pending
+        self.trainer.may_stop = self._last_step_is_saved
 
     def _take_up_the_last_step(self, checkpoint: Path) -> None:
         """Go on from a checkpoint behind which no step is left: Transformers would train one more (5.19)."""
         self.trainer._load_from_checkpoint(str(checkpoint))
         self.trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self.trainer.state.max_steps = self.trainer.state.global_step  # fewer than once, where that is allowed
+        if self.saves.earlier["evaluation_pending"]:
+            try:
+                self.trainer.evaluate()
+            except EvaluationStopped:
+                self.trainer.evaluation_pending = True
         # The process that saved it may have ended before this, and no save follows.
         rotate(self.run_dir, keep=self.config.checkpoint.keep)
 
+    def _last_step_is_saved(self) -> bool:
+        saved = latest(self.run_dir)
+        return saved is not None and step_of(saved) == self.trainer.state.global_step
+
+    def _stop_is_asked(self) -> bool:
+        """Whether to end before what is left: only where the last step is saved, which the run then goes on from."""
+        self.stopped = self.stopped or (self.stop.signal is not None and self._last_step_is_saved())
+        return self.stopped
+
     def measure_result(self) -> None:
         """The same figures for what will be delivered: the last weights or the best."""
-        if self.stopped:
+        if self._stop_is_asked():
             return
         if self.best and (step := self.best.restore()):
             self.final_is = "best"
             self.console.fact("final", f"the weights of step {step}, the best evaluation")
-        self.figures = self._measure()
+        try:
+            self.figures = self._measure()
+        except EvaluationStopped:
+            self.stopped = True
+            return
         self._print_comparison()
 
     def measure_test(self) -> None:
         """The figures of what will be delivered on `data.test`, which nothing has looked at until now."""
-        if self.stopped or self.data.test is None:
+        if self._stop_is_asked() or self.data.test is None:
             return
         examples = self.config.evaluation.examples
         self.test = measure_test(self.trainer, self.data.test, self.generator, examples=examples)
@@ -138,11 +163,13 @@ class Session:
 
     def deliver(self) -> dict[str, Any]:
         """Write `final/` and return the contents of result.json."""
-        result = self._result()
         if self.stopped:
-            by = self.stop.signal or "a signal to another rank"
-            self.console.fact("stopped", f"by {by} at step {result['steps']}, saved; the same command goes on")
-            return result
+            self.trainer.writer.wait()
+            by, step = self.stop.signal or "a signal to another rank", self.trainer.state.global_step
+            self.console.fact("stopped", f"by {by} at step {step}, saved; llmkit resume {self.run_dir} goes on")
+            return self._result()
+        self.trainer.writer.settle("the run is finished without it")
+        result = self._result()
         shutil.rmtree(Path(self.trainer.args.output_dir), ignore_errors=True)
         figures = {"train_loss": result["train_loss"]} | self.figures
         card = model_card(self.config, figures, model=self.trainer.model)

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 
 from llmkit import rundir
 from llmkit.data.encoding.batches import IGNORED
-from llmkit.errors import NonFiniteError
+from llmkit.errors import NonFiniteError, Stopped
 from llmkit.training.checkpoints.contents import collect, load_weights, state_files
 from llmkit.training.checkpoints.saving import CheckpointWriter
 from llmkit.training.ranks import any_rank
@@ -21,7 +21,7 @@ from llmkit.training.stopping import StopRequest
 FP16_OVERFLOWS_IN_A_ROW = 10
 
 
-class _EvaluationStopped(Exception):
+class EvaluationStopped(Exception):
     """A request to stop came in while an evaluation was under way."""
 
 
@@ -51,7 +51,7 @@ class RunMixin:
         self.run_files: Callable[[], dict[str, Any]] = dict
         self.stop = StopRequest()
         self.evaluation_pending = False  # whether the last step was to be evaluated and has not been
-        self._evaluating = False  # within training
+        self.may_stop: Callable[[], bool] = lambda: True  # whether a request to stop may end an evaluation now
         self.writer = CheckpointWriter(run_dir, keep=1, warn=print)
         self._evaluated = torch.zeros(2)  # summed loss and items of the evaluation under way
         super().__init__(*args, **kwargs)
@@ -109,19 +109,21 @@ class RunMixin:
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """An evaluation within training. A request to stop ends it: its step is saved, and it is made up for later."""
-        self._evaluating = True
         try:
-            return super()._evaluate(*args, **kwargs)  # type: ignore[misc]
-        except _EvaluationStopped:
+            metrics = super()._evaluate(*args, **kwargs)  # type: ignore[misc]
+        except EvaluationStopped as error:
+            if self.evaluation_pending:  # this is what makes up for it: the checkpoint still says so
+                raise Stopped(f"stopped by {self.stop.signal} in an evaluation; the same command goes on.") from error
             self.evaluation_pending = self.control.should_save = self.control.should_training_stop = True
             return {}
-        finally:
-            self._evaluating = False
+        self.evaluation_pending = False
+        return metrics
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Evaluate one batch, and count what its mean stands for."""
-        if self._evaluating and any_rank(self.stop.signal is not None, device=self.args.device)[0]:
-            raise _EvaluationStopped
+        asked = self.stop.signal is not None and self.may_stop()
+        if any_rank(asked, device=self.args.device)[0]:
+            raise EvaluationStopped
         output = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         items = self.count_items(inputs).to(output[0].device)
         self._evaluated = self._evaluated.to(items.device) + torch.stack([output[0].detach() * items, items])

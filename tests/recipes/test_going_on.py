@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmkit import rundir
-from llmkit.errors import ConfigError
+from llmkit.errors import ConfigError, Stopped
 
 EIGHT = ("training.max_steps=8", "training.logging_steps=3", "lora.lora_dropout=0.1")
 
@@ -56,7 +56,7 @@ def training_values(run) -> list[dict]:
     return [{key: value for key, value in record.items() if key not in timed} for record in run.metrics()]
 
 
-@pytest.mark.parametrize(("step", "evaluating"), [(4, False), (5, False), (4, True)])
+@pytest.mark.parametrize(("step", "evaluating"), [(4, False), (5, False), (4, True), (8, True)])
 def test_a_stop_inside_a_log_interval_or_an_evaluation_changes_nothing(
     train, straight, stop_when, tmp_path, step, evaluating, monkeypatch
 ):
@@ -109,9 +109,9 @@ def test_a_checkpoint_of_another_config_is_refused_with_what_differs_unless_that
         train(*words, run_dir=tmp_path / "two")
     went_on = train(*words, "resume_allow=[training.learning_rate,seed]", run_dir=tmp_path / "three")
 
-    assert "resume_allow=[seed,training.learning_rate]: seed: 42 -> 1; training.learning_rate: 0.003 -> 0.0001" in str(
-        refused.value
-    )
+    said = str(refused.value)
+    assert "seed: 42 -> 1\n  training.learning_rate: 0.003 -> 0.0001" in said
+    assert "'resume_allow=[seed,training.learning_rate]'" in said
     assert [record["step"] for record in went_on.metrics() if "loss" in record][-1] == 8
 
 
@@ -154,3 +154,59 @@ def test_never_starts_over_and_keeps_what_was_there(train, tmp_path, capfd):
     assert (aside / "checkpoints" / "step-00000008").is_dir()
     assert training_values(again) == training_values(first)
     assert not Path(run_dir, "checkpoints", "step-00000003").exists()
+
+
+def test_the_best_of_a_run_stopped_in_its_last_evaluation_is_that_of_the_whole_run(
+    train, stop_when, tmp_path, monkeypatch
+):
+    words = (*EIGHT, "training.final=best")
+    straight = train(*words)
+    stop = stop_when(8, evaluating=True)
+    stopped = train(*words, run_dir=tmp_path / "run", stop=stop)
+    monkeypatch.undo()
+
+    resumed = train(*words, run_dir=tmp_path / "run")
+
+    assert stopped.result["status"] == "preempted"
+    assert resumed.result["final_is"] == straight.result["final_is"] == "best"
+    same_end(resumed, straight)
+
+
+def test_a_stop_while_an_evaluation_is_made_up_for_loses_nothing(train, straight, stop_when, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    train(*EIGHT, run_dir=run_dir, stop=stop_when(4, evaluating=True))
+    monkeypatch.undo()
+    with pytest.raises(Stopped, match="in an evaluation"):
+        train(*EIGHT, run_dir=run_dir, stop=stop_when(4, evaluating=True))
+    monkeypatch.undo()
+
+    same_end(train(*EIGHT, run_dir=run_dir), straight)
+
+
+def test_a_stop_after_the_last_step_ends_before_what_is_measured_then(train, straight, tmp_path, monkeypatch):
+    from llmkit.training.session import Session
+    from llmkit.training.stopping import StopRequest
+
+    stop, measure = StopRequest(), Session.measure_result
+
+    def ask(session):
+        session.trainer.writer.wait()
+        stop.signal = "SIGTERM"
+        measure(session)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "measure_result", ask)
+        stopped = train(*EIGHT, run_dir=tmp_path / "run", stop=stop)
+
+    assert stopped.result["status"] == "preempted"
+    assert not stopped.final.exists()
+    same_end(train(*EIGHT, run_dir=tmp_path / "run"), straight)
+
+
+def test_a_run_may_be_made_shorter_than_it_has_become(train, tmp_path):
+    train(*EIGHT, "training.save_steps=4", run_dir=tmp_path / "run")
+    shorter = ["training.max_steps=6", "resume_allow=[training.max_steps]"]
+
+    run = train(*EIGHT[1:], "training.save_steps=4", *shorter, run_dir=tmp_path / "run")
+
+    assert run.result["status"] == "completed"

@@ -11,11 +11,12 @@ from fault_proxy import Answer, FaultProxy, Flip, denied
 from safetensors.torch import load_file
 
 from llmkit import rundir
+from llmkit.config import save
 from llmkit.errors import ConfigError
 from llmkit.storage import StorageError, open_place
 from llmkit.training.checkpoints import manifest, mirror
 from llmkit.training.checkpoints.mirror import NotCopied, publish
-from llmkit.training.checkpoints.remote import RemoteRun
+from llmkit.training.checkpoints.remote import RemoteRun, TakenOver
 
 EIGHT = ("training.max_steps=8", "training.logging_steps=3", "training.save_steps=2", "lora.lora_dropout=0.1")
 
@@ -64,7 +65,7 @@ def stopped_at_5(train, s3_url, tmp_path, monkeypatch):
     return run
 
 
-def weights(run) -> dict[str, bytes]:
+def weights_of(run) -> dict[str, bytes]:
     return {
         name: tensor.numpy().tobytes() for name, tensor in load_file(run.final / "adapter_model.safetensors").items()
     }
@@ -80,7 +81,7 @@ def test_a_run_moves_to_an_empty_directory_through_the_bucket_alone_and_ends_the
     moved = train(*EIGHT, f"checkpoint.remote={s3_url}", run_dir=tmp_path / "two" / "alpha")
 
     assert f"goes on from step 5 (the newest at {s3_url}/alpha)" in capfd.readouterr().out
-    assert weights(moved) == weights(straight)
+    assert weights_of(moved) == weights_of(straight)
     assert [record["step"] for record in moved.metrics() if "loss" in record] == [1, 3, 6, 8]
 
 
@@ -120,7 +121,78 @@ def test_a_checkpoint_damaged_in_the_bucket_gives_way_to_the_one_before(
     said = capfd.readouterr()
     assert "step-00000005/optimizer.pt is not what it should be" in said.err
     assert "goes on from step 4" in said.out
-    assert weights(moved) == weights(straight)
+    assert weights_of(moved) == weights_of(straight)
+
+
+def test_where_every_checkpoint_in_the_bucket_is_damaged_nothing_starts_over(
+    train, stopped_at_5, s3_url, proxy, through, tmp_path
+):
+    proxy.faults = [Flip(method="GET", path="optimizer.pt", at=1000, times=None)]
+
+    with pytest.raises(StorageError, match="every checkpoint of this run is damaged"):
+        train(*EIGHT, f"checkpoint.remote={s3_url}", *through, run_dir=tmp_path / "two" / "alpha")
+
+
+def test_the_bucket_has_whole_what_is_damaged_here(train, straight, stopped_at_5, s3_url, tmp_path, capfd):
+    (tmp_path / "gone").rename(stopped_at_5.run_dir)
+    for weights in stopped_at_5.run_dir.glob("checkpoints/*/adapter_model.safetensors"):
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+
+    run = train(*EIGHT, f"checkpoint.remote={s3_url}", run_dir=stopped_at_5.run_dir)
+
+    assert f"goes on from step 5 (the newest at {s3_url}/alpha)" in capfd.readouterr().out
+    assert weights_of(run) == weights_of(straight)
+
+
+def test_a_run_at_work_is_not_finished_to_anybody_and_a_second_one_takes_the_place_over(tmp_path, s3_url, compose):
+    config = compose("evaluation=off", f"checkpoint.remote={s3_url}")
+    place = open_place(f"{s3_url}/alpha", config.storage)
+    save(config, tmp_path)
+    place.write(rundir.RESULT, b'{"status": "completed"}')
+    first = RemoteRun(place)
+
+    first.claim(tmp_path)
+    assert first.result() is None
+    assert first.config() is not None
+    first.check_owner()
+    place.write("owner.json", b"another")
+    with pytest.raises(TakenOver, match="another process has begun to write there"):
+        first.check_owner()
+
+
+def test_a_step_that_is_sent_again_never_stands_under_an_older_manifest(stopped_at_5, s3_url, monkeypatch):
+    remote = remote_run(s3_url, stopped_at_5.config)
+    checkpoint = stopped_at_5.run_dir.parent.parent / "gone" / "checkpoints" / "step-00000005"
+    saved = json.loads((checkpoint / "MANIFEST.json").read_text())
+    (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest.sealed(saved | {"seconds": 0})))
+    monkeypatch.setattr(type(remote.place), "upload", fail)
+
+    with pytest.raises(StorageError):
+        remote.send(checkpoint)
+
+    assert list(remote.checkpoints()) == [4]
+
+
+def fail(*_, **__):
+    raise StorageError("away")
+
+
+def test_export_touches_nothing_that_is_not_its_own(train, tmp_path, run_llmkit):
+    run = train(*EIGHT, run_dir=tmp_path / "alpha")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+
+    refused = run_llmkit("export", f"run={run.run_dir}", f"to={tmp_path / 'mine'}")
+    done = run_llmkit("export", f"run={run.run_dir}", f"to={tmp_path / 'copy'}")
+    (tmp_path / "copy" / "final" / "mine.txt").write_text("mine")
+    again = run_llmkit("export", f"run={run.run_dir}", f"to={tmp_path / 'copy'}")
+
+    assert (refused.returncode, done.returncode, again.returncode) == (2, 0, 0)
+    assert "holds other files" in refused.stderr
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    assert (tmp_path / "copy" / "final" / "mine.txt").exists()
 
 
 def test_a_checkpoint_without_its_manifest_is_not_there(stopped_at_5, s3_url):
@@ -143,7 +215,7 @@ def test_training_goes_on_through_an_outage_and_the_copy_is_whole_afterwards(
     publish(remote_run(s3_url, run.config), run.run_dir, checkpoints=2)
 
     assert "Training goes on, and the copy is tried again." in capfd.readouterr().err
-    assert weights(run) == weights(straight)
+    assert weights_of(run) == weights_of(straight)
     remote = remote_run(s3_url, run.config)
     assert list(remote.checkpoints())[-1] == 8
     assert remote.result()["status"] == "completed"
@@ -193,7 +265,7 @@ def test_a_finished_run_is_known_from_the_bucket_and_another_config_is_refused(t
     publish(remote_run(s3_url, run.config), run.run_dir, checkpoints=2)
 
     there, result = finished_elsewhere(compose(*words), tmp_path / "empty" / "alpha")
-    with pytest.raises(ConfigError, match=r"holds a run of another config.*seed: 42 -> 7"):
+    with pytest.raises(ConfigError, match=r"(?s)holds a run of another config.*seed: 42 -> 7"):
         finished_elsewhere(compose(*words, "seed=7"), tmp_path / "empty" / "alpha")
     with pytest.raises(ConfigError, match=r"resume=never: .* holds a run already"):
         finished_elsewhere(compose(*words, "resume=never"), tmp_path / "empty" / "alpha")
@@ -207,6 +279,9 @@ def test_of_several_checkpoints_that_wait_only_the_newest_is_copied_and_none_is_
 
     class Slow:
         place = SimpleNamespace(abort_stale_uploads=lambda older_than: 0)
+
+        def check_owner(self):
+            pass
 
         def send(self, checkpoint):
             free.wait(10)
@@ -227,7 +302,7 @@ def test_of_several_checkpoints_that_wait_only_the_newest_is_copied_and_none_is_
     deadline = time.monotonic() + 10
     while len(copied) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
-    copy.close(wait=10)
+    copy.close()
 
     assert copied == ["step-1", "step-3"]
     assert first == {tmp_path / "step-1"}

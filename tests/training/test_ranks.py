@@ -1,21 +1,29 @@
 """Runs of one and of two ranks under torchrun, stopped by signals: the short version of rank_trials.py."""
 
 import itertools
+import signal
 
 import pytest
-from rank_trials import draw_trials, finish, go_on_to_the_end, new_run, stop_again_and_again
+from rank_trials import Trial, draw_trials, finish, go_on_to_the_end, new_run, stop_again_and_again
 
 from llmkit.training.checkpoints import manifest
 
 pytestmark = pytest.mark.slow
 
+# The second comes while the evaluation that the first has cut off is made up for.
+IN_ONE_EVALUATION = [Trial("evaluation", "one rank", signal.SIGTERM, after=0, delay=0, rank=rank) for rank in (1, 0)]
+STOPS = {
+    "1 rank": (1, list(itertools.islice(draw_trials(0, 1), 3, 4))),
+    "2 ranks": (2, list(itertools.islice(draw_trials(0, 2), 4))),
+    "2 ranks, twice in one evaluation": (2, IN_ONE_EVALUATION),
+}
 
-@pytest.fixture(scope="module", params=[(1, 1), (2, 4)], ids=["1 rank", "2 ranks"])
+
+@pytest.fixture(scope="module", params=STOPS.values(), ids=STOPS.keys())
 def stopped(request, tmp_path_factory, tiny_model_dir):
     """A run that was stopped, its number of ranks, and the trials that did it."""
-    ranks, stops = request.param
+    ranks, trials = request.param
     run_dir = new_run(tmp_path_factory.mktemp("stopped"))
-    trials = list(itertools.islice(draw_trials(0, ranks), 4 - stops, 4))
     return run_dir, ranks, stop_again_and_again(run_dir, ranks, trials)
 
 

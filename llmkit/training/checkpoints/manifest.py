@@ -166,8 +166,10 @@ def remove_leftovers(run_dir: Path) -> None:
 
 def set_aside(checkpoint: Path) -> Path:
     """Rename a damaged checkpoint so that it does not count any more, and nothing of it is lost."""
-    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    number, aside = 1, checkpoint.with_name(f"damaged-{checkpoint.name}")
+    while aside.exists():
+        number += 1
+        aside = checkpoint.with_name(f"damaged-{checkpoint.name}-{number}")
     os.replace(checkpoint, aside)
     return aside
 

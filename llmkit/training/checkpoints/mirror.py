@@ -10,7 +10,7 @@ from llmkit import rundir
 from llmkit.errors import LlmkitError
 from llmkit.storage import StorageError
 from llmkit.training.checkpoints import manifest
-from llmkit.training.checkpoints.remote import RemoteRun
+from llmkit.training.checkpoints.remote import RemoteRun, TakenOver
 
 STALE = 3600.0  # seconds
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 300.0  # seconds between two tries while the place does not answer
@@ -40,12 +40,11 @@ class Mirror:
             self._changed.notify()
             return {path for path in (self._waiting, self._under_way) if path is not None}
 
-    def close(self, *, wait: float) -> None:
-        """End: what is on its way may take `wait` seconds more; whoever closes sends what is then missing."""
+    def close(self) -> None:
+        """Begin nothing more. What is on its way goes on; `publish` waits for it and sends what is then missing."""
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join(wait)
 
     def _run(self) -> None:
         with contextlib.suppress(StorageError):  # what a killed run had begun to send takes room, and costs
@@ -58,7 +57,7 @@ class Mirror:
     def _next(self) -> Path | None:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting is not None or self._closed)
-            self._under_way, self._waiting = self._waiting, None
+            self._under_way, self._waiting = None if self._closed else self._waiting, None
             return self._under_way
 
     def _copy(self, checkpoint: Path) -> None:
@@ -66,9 +65,14 @@ class Mirror:
         pause = FIRST_PAUSE
         while True:
             try:
+                self.remote.check_owner()
                 self.remote.send(checkpoint)
                 self.remote.send_records(self.run_dir)
                 self.remote.rotate(keep=self.keep)
+            except TakenOver as error:
+                self.warn(str(error))
+                self._closed = True
+                return
             except (StorageError, OSError) as error:
                 self._tell(error)
             else:
@@ -91,12 +95,22 @@ class NotCopied(LlmkitError):
     """What the run has made is whole on this machine, but not where it was to be copied."""
 
 
-def publish(remote: RemoteRun, run_dir: Path, *, checkpoints: int | None, patience: float = 0.0) -> None:
+def publish(
+    remote: RemoteRun,
+    run_dir: Path,
+    *,
+    checkpoints: int | None,
+    owned: bool = False,
+    patience: float = 0.0,
+    tell: Callable[[str], None] = lambda _: None,
+) -> None:
     """Bring the copy of a run that is not at work up to date, result.json last.
 
     Args:
         checkpoints: how many of the newest are sent, and stay there beside the best; None: all are sent, none removed.
+        owned: whether the place was claimed by this process (see `RemoteRun.claim`).
         patience: seconds after which a place that does not answer is given up.
+        tell: told, once, that it is waited for.
 
     Raises:
         NotCopied: with what is missing there, and how to send it later.
@@ -104,6 +118,8 @@ def publish(remote: RemoteRun, run_dir: Path, *, checkpoints: int | None, patien
     deadline, pause = time.monotonic() + patience, FIRST_PAUSE
     while True:
         try:
+            if owned:
+                remote.check_owner()
             _send_all(remote, run_dir, checkpoints)
             return
         except (StorageError, OSError) as error:
@@ -112,13 +128,16 @@ def publish(remote: RemoteRun, run_dir: Path, *, checkpoints: int | None, patien
                     f"{run_dir} is whole here, but its copy at {remote.place.url} is not: {error}\nSend it later with: "
                     f"llmkit export run={run_dir} to={remote.place.url} checkpoints=true"
                 ) from error
+            if pause == FIRST_PAUSE:
+                tell(f"{error} Waiting for it, up to {patience:.0f} s (checkpoint.patience_s); Ctrl-C ends that.")
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def _send_all(remote: RemoteRun, run_dir: Path, checkpoints: int | None) -> None:
     there = manifest.committed(run_dir)
-    for checkpoint in there if checkpoints is None else there[-checkpoints:] if checkpoints else []:
+    sent = there if checkpoints is None else there[-checkpoints:] if checkpoints else []
+    for checkpoint in reversed(sent):  # what matters most first: time may be short
         remote.send(checkpoint)
     if checkpoints:
         remote.rotate(keep=checkpoints)

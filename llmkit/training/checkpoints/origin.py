@@ -8,7 +8,7 @@ from llmkit import rundir
 from llmkit.config import TrainConfig
 from llmkit.errors import ConfigError
 from llmkit.storage import Place, open_place
-from llmkit.storage.errors import DamagedError
+from llmkit.storage.errors import DamagedError, StorageError
 from llmkit.training.checkpoints import manifest
 from llmkit.training.checkpoints.remote import RemoteRun, read_config, run_place
 from llmkit.training.console import RunConsole
@@ -25,16 +25,12 @@ def bring_checkpoint(config: TrainConfig, run_dir: Path, console: RunConsole) ->
     """
     manifest.remove_leftovers(run_dir)
     own, why = newest_whole(run_dir, console), "its newest checkpoint"
-    if config.resume in OWN:
-        remote = run_place(config, run_dir)
-        if remote is not None and config.resume == "auto":
-            own, why = _newer_of(own, RemoteRun(remote), config, run_dir, console)
-    elif own is None:
+    if config.resume != "never" and (place := run_place(config, run_dir)) is not None:
+        own, why = _newer_of(own, RemoteRun(place), config, run_dir, console)
+    if own is None and config.resume not in OWN:
         own, why = _from_elsewhere(config, run_dir, console), f"resume={config.resume}"
-    else:
-        why = f"its own newest; resume={config.resume} has been taken up before"
     if own is None:
-        console.fact("resume", "nothing to go on from: the run starts from the beginning")
+        console.fact("start", "a new run: there is no checkpoint to go on from")
     else:
         console.fact("resume", f"goes on from step {manifest.step_of(own)} ({why})")
     return own
@@ -56,6 +52,7 @@ def _newer_of(
     own: Path | None, remote: RemoteRun, config: TrainConfig, run_dir: Path, console: RunConsole
 ) -> tuple[Path | None, str]:
     there = remote.checkpoints()
+    damaged = None
     for step in reversed(there):
         if own is not None and manifest.step_of(own) >= step:
             break
@@ -63,7 +60,12 @@ def _newer_of(
         try:
             return _fetch(remote, step, there[step], config, run_dir, console), f"the newest at {remote.place.url}"
         except DamagedError as error:
+            damaged = error
             console.warn(f"{error} The one before is taken.")
+    if own is None and damaged is not None:
+        raise StorageError(
+            f"{remote.place.url}: every checkpoint of this run is damaged. Another name= starts afresh."
+        ) from damaged
     return own, "its newest checkpoint"
 
 
@@ -97,11 +99,7 @@ def _check_config(checkpoint: Place, config: TrainConfig, run_dir: Path) -> None
     if earlier is None:
         raise ConfigError(f"{checkpoint.url} holds no {rundir.CONFIG}; it is not llmkit's.")
     if changed := configuration.differences(earlier, config):
-        keys = ",".join(line.partition(":")[0] for line in changed)
-        raise ConfigError(
-            f"{checkpoint.url} was made with another config. Choose another name=, go back to its values, or go on all "
-            f"the same with resume_allow=[{keys}]: {'; '.join(changed)}."
-        )
+        raise configuration.other_config(f"{checkpoint.url} was saved by a run", changed)
     configuration.adopt_findings(config, earlier)
     configuration.save(config, run_dir)
 

@@ -5,18 +5,25 @@ lists. Imports nothing heavy: the driver asks too.
 """
 
 import json
+import os
 import re
 import shutil
 import tempfile
+import threading
+import uuid
 from pathlib import Path
 from typing import Any
 
 from llmkit import config as configuration
 from llmkit import durable, rundir
 from llmkit.config import TrainConfig
-from llmkit.errors import ConfigError
+from llmkit.errors import ConfigError, LlmkitError
 from llmkit.storage import Entry, Place, download_files, open_place, upload_files
 from llmkit.training.checkpoints import manifest
+
+OWNER = "owner.json"
+OURS = json.dumps({"process": os.getpid(), "machine": os.uname().nodename, "id": uuid.uuid4().hex}).encode()
+SENDING = threading.Lock()  # one checkpoint at a time, whichever thread sends it
 
 # Read without running code: tensors, JSON, and state dicts that are loaded with weights_only.
 PLAIN = re.compile(r"[^/]+\.(safetensors|json|jsonl|yaml)|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth")
@@ -43,6 +50,18 @@ class RemoteRun:
 
     def __init__(self, place: Place):
         self.place = place
+        self._sent: set[tuple[str, str]] = set()  # name and sha256 of files that have arrived
+
+    def claim(self, run_dir: Path) -> None:
+        """Say that this process writes there from now on, and that the run is not finished."""
+        self.place.write(OWNER, OURS)
+        self.place.write(rundir.CONFIG, (run_dir / rundir.CONFIG).read_bytes())
+        self.place.delete([rundir.RESULT])
+
+    def check_owner(self) -> None:
+        """Raise TakenOver if another process has claimed the place since."""
+        if self.place.read(OWNER) not in (None, OURS):
+            raise TakenOver(f"{self.place.url}: another process has begun to write there; this one sends nothing more.")
 
     def config(self) -> TrainConfig | None:
         """The config of the run, or None if none has been copied there."""
@@ -94,16 +113,21 @@ class RemoteRun:
         return manifest.adopt(partial, run_dir, saved)
 
     def send(self, checkpoint: Path) -> None:
-        """Copy a committed checkpoint there: what is missing of its files, then its manifest."""
-        place = self.place.place(f"{rundir.CHECKPOINTS}/{checkpoint.name}")
-        there = place.files()
+        """Copy a checkpoint there: files first, the manifest last. After a failure it goes on where it was."""
+        folder = f"{rundir.CHECKPOINTS}/{checkpoint.name}"
         own = (checkpoint / manifest.MANIFEST).read_bytes()
-        if manifest.MANIFEST in there and place.read(manifest.MANIFEST) == own:
-            return
-        files = manifest.read_manifest(checkpoint)["files"]
-        hashes = {name: about["sha256"] for name, about in files.items()}
-        upload_files(place, checkpoint, files, hashes=hashes)
-        place.write(manifest.MANIFEST, own)
+        with SENDING:
+            there = self.place.read(f"{folder}/{manifest.MANIFEST}")
+            if there == own:
+                return
+            if there is not None:  # of an earlier attempt at this step: it must not vouch for a mixture
+                self.place.delete([f"{folder}/{manifest.MANIFEST}"])
+            for name, about in manifest.read_manifest(checkpoint)["files"].items():
+                arriving = (f"{folder}/{name}", about["sha256"])
+                if arriving not in self._sent:
+                    self.place.upload(checkpoint / name, arriving[0], sha256=about["sha256"])
+                    self._sent.add(arriving)
+            self.place.write(f"{folder}/{manifest.MANIFEST}", own)
 
     def rotate(self, *, keep: int) -> None:
         """Remove all but the `keep` newest and the best, manifests first. Called after a new one is complete."""
@@ -111,9 +135,17 @@ class RemoteRun:
         losses = {step: loss for step, saved in there.items() if (loss := saved.get("eval_loss")) is not None}
         best = {min(losses, key=lambda step: (losses[step], step))} if losses else set()
         for step in there.keys() - best - set(list(there)[-max(keep, 1) :]):
-            place = self.place.place(f"{rundir.CHECKPOINTS}/{manifest.name_of(step)}")
-            place.delete([manifest.MANIFEST])
-            place.delete(place.files())
+            self._remove(step)
+
+    def remove_checkpoints(self) -> None:
+        """Remove all, once nothing will go on from them."""
+        for step in self.checkpoints():
+            self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        folder = f"{rundir.CHECKPOINTS}/{manifest.name_of(step)}"
+        self.place.delete([f"{folder}/{manifest.MANIFEST}"])
+        self.place.delete(self.place.files(folder))
 
     def send_records(self, run_dir: Path) -> None:
         """Copy config, metrics and the other small files as they are now."""
@@ -130,8 +162,12 @@ class RemoteRun:
         there, known = place.files(), json.loads(self.place.read(listing) or b"{}")
         missing = [name for name in names if name not in there or known.get(name) != hashes[name]]
         upload_files(place, final, missing, hashes=hashes)
-        place.delete(there.keys() - hashes.keys())
+        place.delete((there.keys() & known.keys()) - hashes.keys())  # of an earlier model of this run
         self.place.write(listing, json.dumps(hashes, indent=2).encode())
+
+
+class TakenOver(LlmkitError):
+    """Another process writes to the copy of the run."""
 
 
 def read_config(place: Place) -> TrainConfig | None:

@@ -83,7 +83,7 @@ class CheckpointWriter:
             facts: for the manifest.
         """
         began = self.last_begun = time.monotonic()
-        self._settle()
+        self.settle("training goes on, and this save is tried")
         partial = self.run_dir / rundir.CHECKPOINTS / f"{manifest.PARTIAL}-{manifest.name_of(step)}"
         with self._failures_kept(partial):
             shutil.rmtree(partial, ignore_errors=True)
@@ -115,9 +115,10 @@ class CheckpointWriter:
         if error is not None:
             raise SaveError(_explained(error, self.run_dir)) from error
 
-    def _settle(self) -> None:
+    def settle(self, then: str) -> None:
+        """Return when the last save is over; if it failed, say so and what is done `then`."""
         if (error := self._join()) is not None:
-            self.warn(f"{_explained(error, self.run_dir)}; training goes on, and this save is tried.")
+            self.warn(f"{_explained(error, self.run_dir)}; {then}.")
 
     def _join(self) -> Exception | None:
         if self._thread is not None:

@@ -51,9 +51,11 @@ def finished_elsewhere(config: TrainConfig, run_dir: Path) -> tuple[str, dict] |
             f"resume=never: {place.url} holds a run already, which a run that starts over would mix with; choose "
             "another name= or checkpoint.remote=, or remove it."
         )
-    if changed := differences(earlier, config):
-        raise other_config(f"{place.url} holds a run", changed)
     result = remote.result()
+    if changed := differences(earlier, config):
+        if result is None and not remote.checkpoints():  # nothing was trained that could be mixed up
+            return None
+        raise other_config(f"{place.url} holds a run", changed)
     finished = result is not None and result["status"] == "completed" and not config.resume_allow
     return (place.url, result) if result is not None and finished else None
 

@@ -125,8 +125,9 @@ def _was_cut(error: Exception) -> bool:
 
 
 def status_and_code(error: Any) -> tuple[int, str]:
-    """The HTTP status and the code of a ClientError."""
-    return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), error.response["Error"].get("Code", "")
+    """The HTTP status and the code of a ClientError; proxies in front of a store answer without a code."""
+    code = error.response["Error"].get("Code") or ""
+    return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), code
 
 
 def _answer(error: Any) -> str:

@@ -26,7 +26,10 @@ BEST_WEIGHTS = "best.safetensors"  # in a checkpoint; see callbacks.BestWeights
 
 
 class Saves:
-    """Made before the run's files are opened, which it puts back to where they were at the checkpoint."""
+    """Made before the run's files are opened, which it puts back to where they were at the checkpoint.
+
+    Raises StorageError if the run cannot be copied to where it is to be.
+    """
 
     def __init__(self, config: TrainConfig, run_dir: Path, ready: Ready, console: RunConsole):
         self.config, self.run_dir, self.console = config, run_dir, console
@@ -35,6 +38,9 @@ class Saves:
         self._fingerprints = {"dataset_fingerprint": ready.data.fingerprint, "start_fingerprint": ready.start}
         self._began = time.monotonic() - self.earlier.get("seconds", 0.0)
         self._mirror: Mirror | None = None
+        self._remote = None if (place := run_place(config, run_dir)) is None else RemoteRun(place)
+        if self._remote is not None:
+            self._remote.claim(run_dir)
         if self.origin is not None:
             restore_records(run_dir, self.origin)
 
@@ -56,12 +62,10 @@ class Saves:
         trainer.writer = CheckpointWriter(self.run_dir, keep=checkpoint.keep, warn=self.console.warn)
         trainer.run_files = lambda: records(self.run_dir)
         trainer.facts = lambda: self._facts(trainer, metrics, tracker)
-        if (place := run_place(self.config, self.run_dir)) is not None:
-            remote = RemoteRun(place)
-            remote.claim(self.run_dir)
-            self._mirror = Mirror(remote, self.run_dir, keep=checkpoint.keep, warn=self.console.warn)
+        if self._remote is not None:
+            self._mirror = Mirror(self._remote, self.run_dir, keep=checkpoint.keep, warn=self.console.warn)
             trainer.writer.committed = self._mirror.offer
-            self.console.fact("mirror", place.url)
+            self.console.fact("mirror", self._remote.place.url)
 
     def end(self) -> None:
         """No more checkpoints come; the worker brings the copy up to date."""

@@ -115,6 +115,7 @@ class RunMixin:
             if self.evaluation_pending:  # this is what makes up for it: the checkpoint still says so
                 raise Stopped(f"stopped by {self.stop.signal} in an evaluation; the same command goes on.") from error
             self.evaluation_pending = self.control.should_save = self.control.should_training_stop = True
+            self.control.should_evaluate = False  # else the end of the epoch, which follows, asks for it once more
             return {}
         self.evaluation_pending = False
         return metrics

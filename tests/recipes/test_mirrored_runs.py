@@ -61,7 +61,8 @@ def stopped_at_5(train, s3_url, tmp_path, monkeypatch):
         patch.setattr(Saving, "on_step_end", ask)
         run = train(*EIGHT, f"checkpoint.remote={s3_url}", run_dir=tmp_path / "one" / "alpha", stop=stop)
     assert run.result["status"] == "preempted"
-    (run.run_dir).rename(tmp_path / "gone")
+    publish(remote_run(s3_url, run.config), run.run_dir, checkpoints=2, owned=True)  # as the worker does
+    run.run_dir.rename(tmp_path / "gone")
     return run
 
 
@@ -208,7 +209,7 @@ def test_a_checkpoint_without_its_manifest_is_not_there(stopped_at_5, s3_url):
 def test_training_goes_on_through_an_outage_and_the_copy_is_whole_afterwards(
     train, straight, s3_url, proxy, through, quick, tmp_path, capfd
 ):
-    proxy.faults = [Answer(status=503, method="PUT", times=6)]
+    proxy.faults = [Answer(status=503, method="PUT", path="checkpoints", times=6)]
 
     run = train(*EIGHT, f"checkpoint.remote={s3_url}", *through, run_dir=tmp_path / "alpha")
     rundir.write_result(run.run_dir, **run.result)  # as the worker does

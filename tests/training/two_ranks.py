@@ -7,6 +7,7 @@ RUN_DIR holds the run's config.yaml. In the folder around it a rank leaves `rank
 `events`, one word a line, what it is about: `step`, `evaluation` (at each batch) or `save` (before each file).
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -25,7 +26,7 @@ from recipe_trainers import make_trainer, random_rows
 from transformers import TrainerCallback
 
 from llmkit import durable
-from llmkit.errors import EXIT_DONE, EXIT_PREEMPTED
+from llmkit.errors import EXIT_DONE, EXIT_PREEMPTED, Stopped
 from llmkit.processes import die_with_parent
 from llmkit.training.callbacks import Saving
 from llmkit.training.checkpoints import manifest, saving
@@ -95,7 +96,9 @@ def main(run_dir: Path) -> int:
     trainer.add_callback(Telling(events))
     save_slowly(events)
 
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    # What stops an evaluation that is made up for leaves nothing to save: the checkpoint still asks for it.
+    with contextlib.suppress(Stopped):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.writer.wait()
     # torchrun ends all ranks as soon as one ends with an exit code other than 0.
     trainer.accelerator.wait_for_everyone()

@@ -18,6 +18,7 @@ from llmkit.data.fetching.destination import (
     as_manifest,
     with_versions,
 )
+from llmkit.durable import sync_tree
 from llmkit.errors import ConfigError
 from llmkit.rundir import write_json
 from llmkit.storage import Entry, StorageError, cache_dir, upload_files
@@ -97,6 +98,7 @@ def _there(destination: Destination) -> dict[str, Entry]:
 
 def _move_into_place(scratch: Path, to: Path) -> None:
     """Make the complete `scratch` the new `to`; an earlier one steps aside first, and comes back if that fails."""
+    sync_tree(scratch)
     if not to.exists():
         scratch.rename(to)
         return

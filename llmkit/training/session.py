@@ -25,6 +25,7 @@ from llmkit.training.final_test import in_words, measure_test
 from llmkit.training.generation import AnswerGenerator
 from llmkit.training.memory import peak_memory
 from llmkit.training.metrics import MetricsFile, draw_losses, last_tokens, mean_loss, read_metrics
+from llmkit.training.ranks import any_rank
 from llmkit.training.ready import Ready
 from llmkit.training.saves import Saves
 from llmkit.training.stopping import StopRequest
@@ -88,6 +89,7 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.console.end()
+        self.trainer.writer.settle("the run goes on from the one before")
         self.saves.end()
         self.metrics.close()
         plot = draw_losses(self.run_dir)
@@ -136,7 +138,8 @@ class Session:
 
     def _stop_is_asked(self) -> bool:
         """Whether to end before what is left: only where the last step is saved, which the run then goes on from."""
-        self.stopped = self.stopped or (self.stop.signal is not None and self._last_step_is_saved())
+        asked = self.stop.signal is not None and self._last_step_is_saved()
+        self.stopped |= any_rank(asked, device=self.trainer.args.device)[0]
         return self.stopped
 
     def measure_result(self) -> None:

@@ -70,7 +70,8 @@ def second_name(source: Path, target: Path) -> None:
     except FileExistsError:
         raise
     except OSError:
-        shutil.copyfile(source, target)
+        shutil.copy2(source, target)
+        sync(target)
 
 
 def sha256_of(path: Path) -> str:

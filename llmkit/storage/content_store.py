@@ -194,13 +194,7 @@ def _link(source: Path, target: Path) -> None:
     Raises FileNotFoundError if there is no `source`.
     """
     partial = partial_of(target)
-    try:
-        os.link(source, partial)
-    except FileNotFoundError:
-        raise
-    except OSError:
-        shutil.copy2(source, partial)
-        durable.sync(partial)
+    durable.second_name(source, partial)
     partial.replace(target)
     partial.unlink(missing_ok=True)  # renaming a name of a file onto another name of it does nothing
 

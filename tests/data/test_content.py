@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -138,16 +139,23 @@ def test_a_file_that_is_not_there_is_an_error(tmp_path):
         content_hash(tmp_path / "nowhere")
 
 
-def hash_often(file: Path) -> set[str]:
-    content.SETTLED = -1.0
-    return {content_hash(file) for _ in range(200)}
+HASH_OFTEN = """
+import sys
+from pathlib import Path
+from llmkit.data.reading import content
+content.SETTLED = -1.0
+print(*{content.content_hash(Path(sys.argv[1])) for _ in range(200)})
+"""
 
 
 def test_processes_at_the_same_time_agree(tmp_path):
     file = tmp_path / "rows"
     file.write_text("x")
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
-        found = pool.map(hash_often, [file] * 3)
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": path}
+    command = [sys.executable, "-c", HASH_OFTEN, str(file)]
+    hashing = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    found = [set(process.communicate(timeout=60)[0].split()) for process in hashing]
 
     assert set.union(*found) == {right(file)}
     assert list((tmp_path / "cache" / "hashes").iterdir()) == memos(tmp_path), "nothing is left half written"

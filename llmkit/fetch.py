@@ -7,13 +7,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 from llmkit.byte_progress import in_bytes
 from llmkit.cli import guarded, print_error
-from llmkit.config import TrainConfig, resolve
-from llmkit.config.arguments import parse_arguments
-from llmkit.config.compose import run_composed
+from llmkit.config import TrainConfig
 from llmkit.config.data_files import TOKENS_FILE
 from llmkit.config.grammar import split_override
 from llmkit.config.schema import schema_keys
@@ -21,7 +17,7 @@ from llmkit.data.fetching.destination import Destination
 from llmkit.data.fetching.fetch import Fetched, fetch_script, fetch_source
 from llmkit.data.progress import now_and_then
 from llmkit.errors import EXIT_DONE, ConfigError, LlmkitError, did_you_mean
-from llmkit.launchers.local import LocalLauncher
+from llmkit.words import composed
 
 HELP = """\
 llmkit fetch model=NAME to=PLACE [model.revision=...] [allow=[...]] [ignore=[...]]
@@ -99,7 +95,7 @@ def _fetch(argv: list[str]) -> int:
     to = wanted.own["to"]
     limit = int(wanted.own["limit"]) if "limit" in wanted.own else None
     progress = now_and_then(_say, seconds=SECONDS_PER_LINE)
-    config = _composed(wanted.overrides) if wanted.overrides else TrainConfig()
+    config = composed(wanted.overrides) if wanted.overrides else TrainConfig()
     destination = Destination(to, config.storage)
     if script := wanted.own.get("data.script"):
         # Shells expand a ~ at the start of a word only.
@@ -115,7 +111,7 @@ def _fetch_models(wanted: Wanted) -> int:
     """All models, one after the other; one that cannot be had hides none of the others."""
     names = (wanted.value("model") or "").split(",") if wanted.several else [None]
     without = [override for override in wanted.overrides if split_override(override)[0] != "model"]
-    configs = [_composed(wanted.overrides if name is None else [f"model={name}", *without]) for name in names]
+    configs = [composed(wanted.overrides if name is None else [f"model={name}", *without]) for name in names]
     code = EXIT_DONE
     for name, config in zip(names, configs, strict=True):
         to = wanted.own["to"]
@@ -150,13 +146,6 @@ def _template_words(config: TrainConfig) -> list[str]:
     """What a shipped model's file says of its template, which its directory does not."""
     own = config.model.chat_template
     return [] if own == "keep-original" else [f"model.chat_template={own}"]
-
-
-def _composed(overrides: list[str]) -> TrainConfig:
-    """The config that the overrides make. Raises ConfigError with all that is wrong with them."""
-    composed: list[DictConfig] = []
-    run_composed("train", composed.append, parse_arguments(overrides), {"LocalLauncher": LocalLauncher})
-    return resolve(composed[0])
 
 
 def _wanted(argv: list[str]) -> Wanted:

@@ -20,9 +20,11 @@ LOSS_PLOT = "loss.png"
 SAMPLES = "samples.jsonl"
 CONSOLE = "console.log"  # what is said where no terminal shows it
 DATA_AUDIT = "data_audit.json"
+PROBE = "probe.json"  # what a server of the model must reproduce
 BEST_WEIGHTS = ".best.safetensors"  # while the run goes on with training.final=best
 NON_FINITE_BATCH = "nonfinite_batch.json"
 SWEEP = "sweep.json"
+FILES = "files.json"  # of a copy elsewhere: what it holds, written last
 LOCK = ".lock"
 
 # The keys of result.json, present in every one: null where a run did not come that far.

@@ -29,7 +29,7 @@ from llmkit.training.advice import is_out_of_memory, reason, untried_changes
 from llmkit.training.checkpoints.manifest import latest
 from llmkit.training.checkpoints.mirror import publish
 from llmkit.training.checkpoints.remote import RemoteRun, run_place
-from llmkit.training.stopping import StopRequest
+from llmkit.training.stopping import SIGNALS, StopRequest
 from llmkit.training.versions import versions
 
 
@@ -86,7 +86,36 @@ def _run(config: TrainConfig, run_dir: Path) -> int:
     code = _publish(config, run_dir, EXIT_DONE)
     if config.training.save_steps is None:  # those that were made have done their duty
         shutil.rmtree(run_dir / rundir.CHECKPOINTS, ignore_errors=True)
+    if config.export.merge and config.lora is not None:
+        code = code or _merge(config, run_dir)
     return code
+
+
+def _merge(config: TrainConfig, run_dir: Path) -> int:
+    """What export.merge=true asks for. The run is completed by now, whatever comes of it; the exit code tells."""
+    from llmkit.serving.merging import merge, merged_directory
+    from llmkit.serving.target import of_run
+
+    for number in SIGNALS:  # there is no next step to wait for
+        signal.signal(number, signal.default_int_handler)
+    again = f"The run is completed; merge it later with: llmkit export run={run_dir} merge=true"
+    try:
+        gc.collect()  # the trainer and its model refer to each other
+        target = of_run(run_dir)
+        merge(
+            target, merged_directory(target), config.export, say=lambda line: print(f"{'merge':<10} {line}", flush=True)
+        )
+    except LlmkitError as error:
+        print_error(error)
+    except KeyboardInterrupt:
+        print("error: the merge was stopped.", file=sys.stderr)
+    except Exception as error:
+        traceback.print_exc()
+        print(f"error: the merge failed: {_explain(error, config)}", file=sys.stderr)
+    else:
+        return EXIT_DONE
+    print(again, file=sys.stderr, flush=True)
+    return EXIT_FAILED
 
 
 def _publish(config: TrainConfig, run_dir: Path, code: int) -> int:

@@ -66,8 +66,8 @@ LAYERS = (
                 "safetensors",
                 "torch",
             ),
-            *("transformers", "trl", "wandb", "matplotlib", "numpy", "packaging", "platformdirs", "psutil", "rich"),
-            *("protobuf", "sentencepiece", "tiktoken", "setuptools"),
+            *("transformers", "trl", "wandb", "matplotlib", "numpy", "openai", "packaging", "platformdirs", "psutil"),
+            *("rich", "protobuf", "sentencepiece", "tiktoken", "setuptools"),
         ),
         below=("torch",),
     ),
@@ -75,6 +75,11 @@ LAYERS = (
         name="deepspeed",
         purpose="ZeRO for llmkit's deepspeed= groups. Built from source without build isolation, after torch.",
         roots=("deepspeed",),
+    ),
+    Layer(
+        name="eval",
+        purpose="lm-evaluation-harness for `llmkit evaluate tasks=...`; it asks a server and brings no model.",
+        roots=("lm-eval[api]",),
     ),
     Layer(
         name="dev",

@@ -5,11 +5,15 @@ Like the hub it keeps weights as large files (LFS), whose digest is a SHA-256, a
     with FakeHub({"org/tiny": directory, "datasets/org/rows": directory}, gated={"org/gated"}) as hub:
         subprocess.run(..., env=os.environ | hub.environment(tmp_path / "hf-home"))
 
+With `uploads` it also takes models, from whoever has its TOKEN: into that directory, in commits, as the hub does.
+
 A process reads HF_ENDPOINT when it imports huggingface_hub, so whoever is to use this hub is a process of its own.
 """
 
+import base64
 import hashlib
 import json
+import re
 import time
 from collections.abc import Mapping, Set
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +22,7 @@ from threading import Thread
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
+TOKEN = "hf_of_org"  # may write to the owner `org`
 COMMIT = "0123456789abcdef0123456789abcdef01234567"  # what `main` of every repository stands for
 
 
@@ -29,10 +34,17 @@ class FakeHub:
     `requests` lists what was asked for: ("HEAD", "/org/tiny/resolve/main/config.json"), ... `commit` is the one that
     `main` stands for. What goes wrong, by the name of the file: `damaged` is sent with a byte changed, of `lost` the
     connection breaks half-way, each as often as its number says; `held` comes after so many seconds.
+
+    Of what is uploaded, `private` are the ids of repositories that only their owner sees, `commits` how many each has
+    had, and `refused` the status and the words for one kind of request (create, preupload, batch, put, commit).
     """
 
-    def __init__(self, models: Mapping[str, Path], gated: Set[str] = frozenset()):
-        self.models, self.gated = models, gated
+    def __init__(self, models: Mapping[str, Path], gated: Set[str] = frozenset(), *, uploads: Path | None = None):
+        self.models, self.gated, self.uploads = dict(models), gated, uploads
+        self.private: set[str] = set()
+        self.commits: dict[str, int] = {}
+        self.refused: dict[str, tuple[int, str]] = {}
+        self.blobs: dict[str, bytes] = {}  # by their SHA-256
         self.requests: list[tuple[str, str]] = []
         self.damaged: dict[str, int] = {}
         self.lost: dict[str, int] = {}
@@ -71,10 +83,15 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    def do_PUT(self) -> None:
+        self._answer()
+
     def _answer(self) -> None:
-        asked = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        asked = self._body()
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((self.command, path))
+        if self.hub.uploads is not None and self._takes_upload(path, asked):
+            return
         words = path.strip("/").removeprefix("api/").removeprefix("models/").split("/")
         folder = "datasets/" if words[0] == "datasets" else ""
         org, name, *rest = [*words[bool(folder) :], ""]
@@ -102,6 +119,96 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._facts(model)
 
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def _takes_upload(self, path: str, asked: bytes) -> bool:
+        """Answer a request that belongs to an upload; False for any other."""
+        routes = {
+            "create": r"/api/repos/create",
+            "card": r"/api/validate-yaml",
+            "preupload": r"/api/models/(.+)/preupload/main",
+            "batch": r"/(.+)\.git/info/lfs/objects/batch",
+            "put": r"/lfs/(\w{64})",
+            "commit": r"/api/models/(.+)/commit/main",
+        }
+        found = ((kind, match) for kind, route in routes.items() if (match := re.fullmatch(route, path)))
+        kind, match = next(found, ("", None))
+        if match is None or self.command not in ("POST", "PUT"):
+            return False
+        if kind in self.hub.refused:
+            status, message = self.hub.refused[kind]
+            self._refuse(status, "", message)
+        elif kind != "put" and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self._refuse(401, "", "Invalid credentials in Authorization header")
+        else:
+            getattr(self, f"_{kind}")(asked, *match.groups())
+        return True
+
+    def _create(self, asked: bytes) -> None:
+        wanted = json.loads(asked)
+        name = f"{wanted['organization']}/{wanted['name']}"
+        if name in self.hub.models:
+            self._refuse(409, "", "You already created this model repo")
+        elif wanted["organization"] != "org":
+            self._refuse(403, "", f'You don\'t have the rights to create a model under the namespace "{name}"')
+        else:
+            assert self.hub.uploads is not None
+            self.hub.models[name] = self.hub.uploads / name
+            self.hub.models[name].mkdir(parents=True)
+            if wanted.get("visibility") == "private" or wanted.get("private"):
+                self.hub.private.add(name)
+            self._json({"url": f"{self.hub.url}/{name}", "id": name})
+
+    def _card(self, asked: bytes) -> None:
+        base = re.search(r"^base_model: (.+)$", json.loads(asked)["content"], flags=re.MULTILINE)
+        if base and not re.fullmatch(r"[\w.-]+/[\w.-]+", base[1]):
+            errors = [{"message": f'"base_model" with value "{base[1]}" is not valid. Use a model id.'}]
+            self._send(400, json.dumps({"errors": errors}).encode(), {"Content-Type": "application/json"})
+        else:
+            self._json({"errors": [], "warnings": []})
+
+    def _preupload(self, asked: bytes, model: str) -> None:
+        answers = []
+        for file in json.loads(asked)["files"]:
+            there = self.hub.models[model] / file["path"]
+            answer = {"path": file["path"], "uploadMode": "lfs" if _is_large(there) else "regular"}
+            answers.append(answer | {"shouldIgnore": False, "oid": _digest(there) if there.exists() else None})
+        self._json({"files": answers})
+
+    def _batch(self, asked: bytes, model: str) -> None:
+        objects = []
+        for one in json.loads(asked)["objects"]:
+            action = {"upload": {"href": f"{self.hub.url}/lfs/{one['oid']}"}}
+            objects.append(one | ({} if one["oid"] in self.hub.blobs else {"actions": action}))
+        self._json({"transfer": "basic", "objects": objects})
+
+    def _put(self, asked: bytes, oid: str) -> None:
+        assert hashlib.sha256(asked).hexdigest() == oid
+        self.hub.blobs[oid] = asked
+        self._send(200, b"", {})
+
+    def _commit(self, asked: bytes, model: str) -> None:
+        root = self.hub.models[model]
+        for line in asked.splitlines():
+            one = json.loads(line)
+            file = root / one["value"].get("path", "")
+            if one["key"] == "file":
+                file.write_bytes(base64.b64decode(one["value"]["content"]))
+            elif one["key"] == "lfsFile":
+                file.write_bytes(self.hub.blobs[one["value"]["oid"]])
+            elif one["key"] == "deletedFile":
+                file.unlink()
+        self.hub.commits[model] = self.hub.commits.get(model, 0) + 1
+        self._json({"commitUrl": f"{self.hub.url}/{model}/commit/{self.hub.commit}", "commitOid": self.hub.commit})
+
     def _file(self, file: Path) -> None:
         if not file.is_file():
             self._refuse(404, "EntryNotFound", "Entry not found")
@@ -123,7 +230,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _facts(self, model: str) -> None:
         root = self.hub.models[model]
         files = [_sibling(root, file) for file in sorted(root.rglob("*")) if file.is_file()]
-        self._json({"id": model.removeprefix("datasets/"), "sha": self.hub.commit, "siblings": files})
+        card = root / "README.md"
+        tags = re.search(r"^tags: \[(.*)\]$", card.read_text() if card.exists() else "", flags=re.MULTILINE)
+        facts = {"id": model.removeprefix("datasets/"), "sha": self.hub.commit, "siblings": files}
+        self._json(facts | {"private": model in self.hub.private, "tags": tags[1].split(", ") if tags else []})
 
     def _json(self, value: Any) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
@@ -136,7 +246,7 @@ class _Handler(BaseHTTPRequestHandler):
         for key, value in ({"Content-Length": str(len(content))} | headers).items():
             self.send_header(key, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content)
 
     def log_message(self, *_: Any) -> None:

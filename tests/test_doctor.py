@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llmkit import doctor
+from llmkit import doctor, install_command
 
 OPTIONAL = ("bitsandbytes", "deepspeed", "vllm", "wandb")
 
@@ -78,7 +78,7 @@ def test_nothing_installed_at_all_is_reported_without_a_crash(monkeypatch, capsy
 
 
 def test_without_a_checkout_the_commands_are_pips(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "site-packages" / "llmkit" / "doctor.py"))
+    monkeypatch.setattr(install_command, "__file__", str(tmp_path / "site-packages" / "llmkit" / "install_command.py"))
     hide(monkeypatch, "vllm", "trl")
     _, lines = report(capsys)
     assert lines["vLLM"][1].endswith(": pip install 'llmkit[serve]'")

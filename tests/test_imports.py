@@ -18,7 +18,8 @@ PACKAGE = Path(llmkit.__file__).parent
 FLOORS = [
     [
         *("llmkit", "llmkit.__main__", "llmkit.train", "llmkit.resume", "llmkit.preview", "llmkit.fetch"),
-        *("llmkit.export", "llmkit.doctor"),
+        *("llmkit.export", "llmkit.doctor", "llmkit.words", "llmkit.serve"),
+        *("llmkit.chat", "llmkit.evaluate", "llmkit.answering"),
     ],
     ["llmkit.launchers", "llmkit.worker"],
     ["llmkit.recipes"],
@@ -26,7 +27,7 @@ FLOORS = [
     ["llmkit.data", "llmkit.model"],
     [
         *("llmkit.config", "llmkit.rundir", "llmkit.errors", "llmkit.cli", "llmkit.processes", "llmkit.conf"),
-        *("llmkit.durable", "llmkit.hangup"),
+        *("llmkit.durable", "llmkit.hangup", "llmkit.install_command", "llmkit.host_memory"),
         # Storage needs nothing of config but its own settings, and config asks it what an address holds.
         *("llmkit.storage", "llmkit.remote", "llmkit.byte_progress"),
     ],

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line]
 # What makes a command of the README short: its meaning stays.
 SHORT = ("training.max_steps=2", "evaluation=off")
+SMALL = ("serve=cpu",)
 HUB_MODELS = {"qwen3_0_6b": "Qwen/Qwen3-0.6B", "mistral7b": "mistralai/Mistral-7B-v0.1"}
 
 
@@ -37,7 +39,8 @@ def workplace(tmp_path_factory, tiny_model_dir):
         shutil.copytree(tiny_model_dir, repository / "snapshots" / ("1" * 40))
         (repository / "refs").mkdir()
         (repository / "refs/main").write_text("1" * 40)
-    return directory
+    yield directory
+    subprocess.run([sys.executable, "-m", "llmkit", "serve", "stop=true"], cwd=directory, check=True)
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +60,22 @@ def hub(tiny_model_dir, tmp_path_factory):
 @pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith("make")])
 def test_a_command_of_the_readme_runs(command, workplace, bucket, hub, monkeypatch):
     words = shlex.split(command)
-    verb = [sys.executable, "-m", "llmkit"] if words[0] == "llmkit" else [sys.executable, *words[1:3]]
+    started = [sys.executable, "-m", "llmkit"] if words[0] == "llmkit" else [sys.executable, *words[1:3]]
     arguments = words[1:] if words[0] == "llmkit" else words[3:]
-    trains = "train" in command and not {"--help", "--cfg"} & set(arguments)
+    verb = arguments[0] if words[0] == "llmkit" else words[2].rpartition(".")[2]
+    if "train" in command and not {"--help", "--cfg"} & set(arguments):
+        arguments += SHORT
+    if verb == "serve" and "stop=true" not in arguments:
+        pytest.importorskip("vllm", reason="serving needs vLLM: make serve-env")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            arguments += [*SMALL, f"serve.port={probe.getsockname()[1]}"]
     monkeypatch.setenv("PYTHONPATH", str(CHECKOUT))
     monkeypatch.setenv("HF_HOME", str(workplace / "huggingface"))
     for name, value in (bucket | (hub if "fetch model" in command else {})).items():
         monkeypatch.setenv(name, value)
 
-    done = subprocess.run(
-        [*verb, *arguments, *(SHORT if trains else ())], cwd=workplace, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*started, *arguments], cwd=workplace, capture_output=True, text=True, check=False)
 
     assert done.returncode == 0, done.stdout + done.stderr
 

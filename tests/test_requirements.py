@@ -262,7 +262,7 @@ def test_a_step_that_failed_is_taken_again_next_time(environment, step):
 @pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
 def test_all_tests_run_with_the_vllm_for_this_machine(environment, accelerator):
     commands = environment.make("test", accelerator=accelerator)
-    assert sorted(lists_in(commands)) == sorted(["torch", "train", "dev", "deepspeed", f"serve-{accelerator}"])
+    assert sorted(lists_in(commands)) == sorted(["torch", "train", "dev", "deepspeed", "eval", f"serve-{accelerator}"])
 
 
 def test_another_index_is_asked_for_torch_only(environment):

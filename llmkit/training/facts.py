@@ -16,6 +16,7 @@ from llmkit.model.context import settle_lengths
 from llmkit.model.loading import cached_commit, load_model_config, shown_source
 from llmkit.model.methods import count_parameters, loading_dtype
 from llmkit.model.precision import Precision, resolve_device, resolve_precision
+from llmkit.serving.servable import warning_at_training
 from llmkit.training.arguments import CHECKPOINTING_FROM_PARAMETERS, steps_per_pass, total_steps
 from llmkit.training.checkpoints.manifest import committed
 from llmkit.training.console import RunConsole
@@ -89,6 +90,9 @@ def state_facts(
     console.fact(
         "trained", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}) with method={config.method.name}"
     )
+    settings: Any = getattr(model, "peft_config", {})
+    if settings and (warning := warning_at_training(settings["default"].to_dict())):
+        console.warn(warning)
     if new_tokens:
         console.fact("new tokens", f"{new_tokens} rows, started as {config.data.special_tokens_init}")
     train, held_out = data.train, data.validation

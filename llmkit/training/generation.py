@@ -67,6 +67,11 @@ class AnswerGenerator:
             for i, (prompt, turns) in enumerate(cases)
         ]
 
+    def arithmetic(self) -> torch.autocast:
+        """The context of a forward pass as in training: trained weights in float32 meet frozen ones in 16 bits."""
+        device = next(self.model.parameters()).device
+        return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
+
     def _prompt(self, conversation: Conversation) -> str:
         return render(self.tokenizer, conversation.messages[:-1], tools=conversation.tools, prompt=True)
 
@@ -88,8 +93,7 @@ class AnswerGenerator:
             pad_token_id=self.tokenizer.pad_token_id,
             bos_token_id=own.bos_token_id,
         )
-        # As in training: trained weights in float32 meet frozen ones in 16 bits.
-        with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+        with self.arithmetic():
             output = self.model.generate(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=config
             )

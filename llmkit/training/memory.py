@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from llmkit.config import TrainConfig
+from llmkit.host_memory import sizes_in
 
 GIB = 2**30
 
@@ -88,22 +89,13 @@ def reset_peak(device: torch.device) -> None:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets the high-water mark
 
 
-def available_host_memory() -> int:
-    """Bytes of host memory that this process can still have: of the machine, or of its container (cgroup v2)."""
-    there = [_in_bytes("/proc/meminfo").get("MemAvailable", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))]
-    with suppress(OSError, ValueError):  # no such file outside a container, "max" in one without a limit
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{what}").read_text()) for what in ("max", "current"))
-        there.append(limit - used)
-    return max(min(there), 0)
-
-
 @contextmanager
 def bounded_growth(device: torch.device) -> Iterator[None]:
     """On a CPU, let an allocation fail where the kernel would later kill the process, which then could say nothing.
 
     Linux promises more memory than it has. Within the block this process may ask for what is available now.
     """
-    own, machine = _in_bytes("/proc/self/status"), _in_bytes("/proc/meminfo")
+    own, machine = sizes_in("/proc/self/status"), sizes_in("/proc/meminfo")
     if device.type != "cpu" or "VmData" not in own or "MemAvailable" not in machine:
         yield
         return
@@ -115,13 +107,3 @@ def bounded_growth(device: torch.device) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-
-def _in_bytes(path: str) -> dict[str, int]:
-    """The sizes in a file of /proc; empty on systems without it."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    fields = (line.split() for line in lines)
-    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in fields if words[-1] == "kB"}

@@ -23,6 +23,7 @@ from llmkit.training.versions import versions
 # Of the run directory: in a checkpoint as they were at its step.
 RECORDS = (rundir.CONFIG, rundir.METRICS, rundir.SAMPLES)
 BEST_WEIGHTS = "best.safetensors"  # in a checkpoint; see callbacks.BestWeights
+RENDERING = ".rendering"  # in the run's directory: tokenizer, template and end tokens, linked into every checkpoint
 
 
 class Saves:
@@ -38,6 +39,7 @@ class Saves:
         self._fingerprints = {"dataset_fingerprint": ready.data.fingerprint, "start_fingerprint": ready.start}
         self._began = time.monotonic() - self.earlier.get("seconds", 0.0)
         self._mirror: Mirror | None = None
+        self._rendering: dict[str, Path] = {}
         self._remote = None if (place := run_place(config, run_dir)) is None else RemoteRun(place)
         if self._remote is not None:
             self._remote.claim(run_dir)
@@ -60,7 +62,7 @@ class Saves:
         trainer.add_callback(Saving(trainer, stop, checkpoint=self.origin, minutes=checkpoint.minutes))
         trainer.stop = stop
         trainer.writer = CheckpointWriter(self.run_dir, keep=checkpoint.keep, warn=self.console.warn)
-        trainer.run_files = lambda: records(self.run_dir)
+        trainer.run_files = lambda: records(self.run_dir) | self._rendering_of(trainer)
         trainer.facts = lambda: self._facts(trainer, metrics, tracker)
         if self._remote is not None:
             self._mirror = Mirror(self._remote, self.run_dir, keep=checkpoint.keep, warn=self.console.warn)
@@ -71,6 +73,18 @@ class Saves:
         """No more checkpoints come; the worker brings the copy up to date."""
         if self._mirror is not None:
             self._mirror.close()
+        shutil.rmtree(self.run_dir / RENDERING, ignore_errors=True)
+
+    def _rendering_of(self, trainer: Any) -> dict[str, Path]:
+        """The files that make a checkpoint one that can be loaded and served like `final/`; written once."""
+        if not self._rendering:
+            directory = self.run_dir / RENDERING
+            shutil.rmtree(directory, ignore_errors=True)
+            trainer.processing_class.save_pretrained(directory)
+            trainer.accelerator.unwrap_model(trainer.model).generation_config.save_pretrained(directory)
+            durable.sync_tree(directory)
+            self._rendering = {file.name: file for file in directory.iterdir()}
+        return self._rendering
 
     def _facts(self, trainer: Any, metrics: MetricsFile, tracker: NoTracker) -> dict[str, Any]:
         """What the manifest of a checkpoint made now says, beside its files."""

@@ -14,11 +14,12 @@ from llmkit import rundir
 from llmkit.config import TrainConfig
 from llmkit.config.schema import FIGURES_OF_RECIPE
 from llmkit.errors import Stopped
+from llmkit.serving.probe import PROBED_ROWS, make_probe
 from llmkit.training.arguments import total_steps
 from llmkit.training.callbacks import BestWeights, Reporting, Samples
 from llmkit.training.checkpoints.manifest import latest, rotate, step_of
 from llmkit.training.console import RunConsole
-from llmkit.training.delivery import base_model, model_card, save_final, serve_command
+from llmkit.training.delivery import base_model, model_card, save_final
 from llmkit.training.facts import device_name
 from llmkit.training.figures import Figure, questions
 from llmkit.training.final_test import in_words, measure_test
@@ -177,6 +178,13 @@ class Session:
         figures = {"train_loss": result["train_loss"]} | self.figures
         card = model_card(self.config, figures, model=self.trainer.model)
         final = save_final(self.trainer.model, self.tokenizer, self.config, self.run_dir, card)
+        make_probe(
+            self.trainer.model,
+            self.tokenizer,
+            questions(self.data.validation or self.data.train, PROBED_ROWS),
+            precision=self.config.precision.name,
+            arithmetic=self.generator.arithmetic(),
+        ).write(self.run_dir)
         if self.best:
             self.best.discard()
         self.console.fact("final", f"{final}")
@@ -184,7 +192,7 @@ class Session:
         self.console.fact("repeat", repeat)
         if self.config.lora is not None and not self.config.init_from:  # an adapter that is continued keeps its rank
             self.console.fact("sweep", f"{repeat} -m lora.r=4,8,16")
-        self.console.fact("serve", serve_command(self.config, final))
+        self.console.fact("serve", shlex.join(["llmkit", "serve", f"run={self.run_dir}"]))
         return result
 
     def _measure(self) -> dict[str, float]:

@@ -44,10 +44,14 @@ def test_every_field_is_read_by_the_code_that_does_the_work():
 
     `llmkit/config` does not count: a field that is only checked and copied changes nothing.
     """
-    read = set()
+    trees = []
     for folder in (PACKAGE, PACKAGE / "recipes", PACKAGE / "launchers"):  # links, which rglob does not follow
         for file in set(folder.rglob("*.py")) - set((PACKAGE / "config").iterdir()):
-            read |= set(reads(ast.parse(file.read_text(encoding="utf-8"))))
+            trees.append(ast.parse(file.read_text(encoding="utf-8")))
+    holders: dict[str, type] = {}
+    for tree in trees:
+        holders |= held(tree)
+    read = {key for tree in trees for key in reads(tree, holders)}
 
     assert sorted(KEYS.keys() - read - NAMES_OF_OPTIONS - CHECKED_ONLY) == []
 
@@ -62,6 +66,9 @@ def test_every_field_is_read_by_the_code_that_does_the_work():
         ("def f(config: TrainConfig):\n a, b = config.data, config.seed\n return a.limit", {"data.limit", "seed"}),
         ("def f(config: TrainConfig):\n for k in ('env',): getattr(config.hardware, k)", {"hardware.env"}),
         ("def f(run_dir):\n config = load(run_dir)\n return config.name", {"name"}),
+        ("class P:\n serve: ServeConfig\n def f(self): return self.serve.port", {"serve.port"}),
+        ("class P:\n serve: ServeConfig\ndef f(p):\n s = p.serve\n return s.port", {"serve.port"}),
+        ("def f(p): return p.serve.port", set()),
         ("def f(other): return other.r", set()),
         ("def f(config: TrainConfig): config.lora.r = 4", set()),
         ("def f(): return 'lora.r'", set()),
@@ -71,14 +78,34 @@ def test_a_read_is_recognized_by_the_type_of_what_it_is_read_from(code, expected
     assert set(reads(ast.parse(code))) == expected
 
 
-def reads(tree: ast.Module) -> Iterator[str]:
-    """The dotted keys of the schema that the code of a module reads."""
+def reads(tree: ast.Module, holders: dict[str, type] | None = None) -> Iterator[str]:
+    """The dotted keys of the schema that the code of a module reads.
+
+    Args:
+        holders: attributes of classes elsewhere that hold a node, by their names.
+    """
+    holders = held(tree) | (holders or {})
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef | ast.Module):
-            yield from _reads_in(function)
+            yield from _reads_in(function, holders)
 
 
-def _reads_in(function: ast.FunctionDef | ast.Module) -> Iterator[str]:
+def held(tree: ast.Module) -> dict[str, type]:
+    """The attributes that classes of a module declare to hold a node of the schema: name -> its dataclass."""
+    found = {}
+    for owner in ast.walk(tree):
+        for line in owner.body if isinstance(owner, ast.ClassDef) else ():
+            if (
+                isinstance(line, ast.AnnAssign)
+                and isinstance(line.annotation, ast.Name)
+                and line.annotation.id in CLASSES
+            ):
+                assert isinstance(line.target, ast.Name)
+                found[line.target.id] = CLASSES[line.annotation.id]
+    return found
+
+
+def _reads_in(function: ast.FunctionDef | ast.Module, holders: dict[str, type]) -> Iterator[str]:
     arguments = function.args if isinstance(function, ast.FunctionDef) else None
     known: dict[str, type] = {}
     for argument in [*arguments.args, *arguments.kwonlyargs] if arguments else []:
@@ -90,15 +117,15 @@ def _reads_in(function: ast.FunctionDef | ast.Module) -> Iterator[str]:
     for node in body:
         if isinstance(node, ast.Assign):
             for target, value in _pairs(node):
-                if isinstance(target, ast.Name) and (kind := _kind(value, known)):
+                if isinstance(target, ast.Name) and (kind := _kind(value, known, holders)):
                     known[target.id] = kind
     literals = {node.value for node in body if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     for node in body:
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-            yield from _keys(_kind(node.value, known), node.attr)
+            yield from _keys(_kind(node.value, known, holders), node.attr)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
             for name in literals:
-                yield from _keys(_kind(node.args[0], known), name)
+                yield from _keys(_kind(node.args[0], known, holders), name)
 
 
 def _pairs(node: ast.Assign) -> Iterator[tuple[ast.expr, ast.expr]]:
@@ -109,15 +136,16 @@ def _pairs(node: ast.Assign) -> Iterator[tuple[ast.expr, ast.expr]]:
             yield target, node.value
 
 
-def _kind(value: ast.expr, known: dict[str, type]) -> type | None:
+def _kind(value: ast.expr, known: dict[str, type], holders: dict[str, type]) -> type | None:
     """The dataclass of the schema that an expression holds, as far as names and annotations tell."""
     if isinstance(value, ast.Name):
         return known.get(value.id)
     if isinstance(value, ast.Attribute):
         if value.attr == "config" and isinstance(value.value, ast.Name | ast.Subscript):
             return TrainConfig  # self.config, jobs[0].config
-        if _kind(value.value, known) is TrainConfig:
+        if _kind(value.value, known, holders) is TrainConfig:
             return NODES.get(value.attr)
+        return holders.get(value.attr)
     if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id in ("load", "resolve"):
         return TrainConfig
     return None

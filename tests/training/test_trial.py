@@ -185,13 +185,13 @@ from recipe_trainers import make_trainer, random_rows
 from llmkit.config import load
 from llmkit.errors import OutOfMemory
 from llmkit.training.console import RunConsole
-from llmkit.training.memory import _in_bytes
+from llmkit.host_memory import sizes_in
 from llmkit.training.trial import run_trial
 
 run_dir, room, train_rows, eval_rows = Path(sys.argv[1]), *map(int, sys.argv[2:])
 config = load(run_dir)
 trainer = make_trainer(config, run_dir, random_rows([1000] * train_rows), random_rows([1000] * eval_rows, seed=1))
-in_use = _in_bytes("/proc/self/status")["VmData"]
+in_use = sizes_in("/proc/self/status")["VmData"]
 resource.setrlimit(resource.RLIMIT_DATA, (in_use + room, resource.RLIM_INFINITY))
 try:
     run_trial(trainer, config, RunConsole())
@@ -292,9 +292,9 @@ def test_only_a_lack_of_memory_counts_as_one():
 
 def test_a_cpu_process_may_grow_by_what_is_available_and_no_more(monkeypatch):
     """Else the kernel kills it without a word. The machine is said to have 200 MiB left."""
-    cpu, read = torch.device("cpu"), memory._in_bytes
+    cpu, read = torch.device("cpu"), memory.sizes_in
     available = {"MemAvailable": 200 * 2**20, "SwapFree": 0}
-    monkeypatch.setattr(memory, "_in_bytes", lambda path: available if path == "/proc/meminfo" else read(path))
+    monkeypatch.setattr(memory, "sizes_in", lambda path: available if path == "/proc/meminfo" else read(path))
     before = resource.getrlimit(resource.RLIMIT_DATA)
 
     with memory.bounded_growth(cpu):

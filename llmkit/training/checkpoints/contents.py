@@ -6,6 +6,7 @@
 | `model.safetensors`, `config.json` | without an adapter: the trained weights; of method=full that is the whole model |
 | `optimizer.pt`, `scheduler.pt`, `scaler.pt` | state dicts, read with `weights_only` |
 | `rng_state.pth` (`rng_state_<rank>.pth`) | Python's, NumPy's, torch's random states |
+| `tokenizer.json`, `chat_template.jinja`, `generation_config.json`, ... | as in `final/`, so that it can be loaded |
 | `trainer_state.json`, `accumulators.json` | step and epoch; the sums behind the next log event, of each rank |
 """
 

@@ -26,13 +26,14 @@ OURS = json.dumps({"process": os.getpid(), "machine": os.uname().nodename, "id":
 SENDING = threading.Lock()  # one checkpoint at a time, whichever thread sends it
 
 # Read without running code: tensors, JSON, and state dicts that are loaded with weights_only.
-PLAIN = re.compile(r"[^/]+\.(safetensors|json|jsonl|yaml)|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth")
+PLAIN = re.compile(r"[^/]+\.(safetensors|json|jsonl|yaml|jinja)|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth")
 # Of a run directory, what is mirrored beside checkpoints/ and final/; result.json last, since it says "finished".
 RECORDS = (
     rundir.CONFIG,
     rundir.METRICS,
     rundir.SAMPLES,
     rundir.DATA_AUDIT,
+    rundir.PROBE,
     rundir.LOSS_PLOT,
     rundir.CONSOLE,
 )
@@ -56,7 +57,7 @@ class RemoteRun:
         """Say that this process writes there from now on, and that the run is not finished."""
         self.place.write(OWNER, OURS)
         self.place.write(rundir.CONFIG, (run_dir / rundir.CONFIG).read_bytes())
-        self.place.delete([rundir.RESULT])
+        self.place.delete([rundir.RESULT, rundir.FILES])
 
     def check_owner(self) -> None:
         """Raise TakenOver if another process has claimed the place since."""

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 from llmkit import durable, rundir
 from llmkit.errors import LlmkitError
+from llmkit.host_memory import available_host_memory
 from llmkit.training.checkpoints import manifest
-from llmkit.training.memory import available_host_memory, in_units
+from llmkit.training.memory import in_units
 
 HOST_SHARE = 0.5  # of the memory the host has free may hold a copy; beyond it a save waits for the disk
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llmkit.cli import guarded
 from llmkit.config import TrainConfig
-from llmkit.config.grammar import to_grammar
+from llmkit.config.grammar import split_override, to_grammar
 from llmkit.config.schema import ServeConfig
 from llmkit.config.user_file import give_way
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, ConfigError
@@ -39,6 +39,7 @@ Any address but this machine's own (serve.host=0.0.0.0) needs VLLM_API_KEY in th
 
 OWN = {**KEYS, "dry_run": YES_OR_NO, "status": YES_OR_NO, "stop": YES_OR_NO}
 NODES = ("serve", "model", "storage", "hardware", "export")
+OF_ONE_COMMAND = ("name", "all", "detach")  # of `serve`: said anew each time
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,70 +61,86 @@ def _serve(argv: list[str]) -> int:
         return _stop(words)
     config = composed(words.overrides)
     targets = _targets(words, config)
-    first = next(iter(targets.values()))
-    if own := _serve_settings_of(first):
+    if own := _serve_settings_of(targets[0]):
         config = composed([*give_way(own, words.overrides), *words.overrides])
+    passed_on = [one for one in words.overrides if split_override(one)[0].split(".")[0] in ("export", "storage")]
     from llmkit.recipes import serve
 
-    return serve.run(targets, config, dry_run=words.on("dry_run"))
+    return serve.run(_named(targets, config), config, passed_on, dry_run=words.on("dry_run"))
 
 
-def _targets(words: Words, config: TrainConfig) -> dict[str, Target]:
-    """What is to be served, by the names it is asked for under."""
+def _targets(words: Words, config: TrainConfig) -> list[Target]:
+    """What is to be served."""
     if config.serve.all:
         if "sweep" not in words.own:
             raise ConfigError("serve.all=true: is for a sweep; name it, sweep=DIR.")
-        if config.serve.served_model_name:
-            raise ConfigError("serve.served_model_name: with serve.all=true each adapter has the name of its run.")
-        targets = [of_run(run) for run in ranked_runs(Path(words.own["sweep"]).expanduser())]
-        return {target.name: target for target in targets}
+        return [of_run(run) for run in ranked_runs(Path(words.own["sweep"]).expanduser())]
     target = of_model(config.model) if words.names("model") else find_target(words.own, config)
-    if not words.own.keys() & {"run", "sweep"} and not words.names("model"):
-        print(f"newest     {target.said}")
-    elif "sweep" in words.own:
+    if "sweep" in words.own:
         print(f"best       {target.said}")
-    return {config.serve.served_model_name or target.name: target}
+    elif not _names_a_target(words):
+        print(f"newest     {target.said}")
+    return [target]
+
+
+def _named(targets: list[Target], config: TrainConfig) -> dict[str, Target]:
+    """The targets by the names they are asked for under."""
+    name = config.serve.served_model_name
+    if len(targets) == 1:
+        return {name or targets[0].name: targets[0]}
+    if name:
+        raise ConfigError("serve.served_model_name: with serve.all=true each adapter has the name of its run.")
+    return {target.name: target for target in targets}
+
+
+def _names_a_target(words: Words) -> bool:
+    return bool(words.own.keys() & {"run", "sweep"}) or words.names("model")
 
 
 def _serve_settings_of(target: Target) -> list[str]:
-    """What the run's own config says of serving, as overrides in front of the command's."""
+    """What the run's own config says of serving, as overrides in front of the command's own."""
     if target.run is None:
         return []
     default, own = ServeConfig(), target.run.serve
-    values = {info.name: getattr(own, info.name) for info in fields(ServeConfig) if info.name != "name"}
-    return [f"serve.{key}={to_grammar(value)}" for key, value in values.items() if value != getattr(default, key)]
+    values = {info.name: getattr(own, info.name) for info in fields(ServeConfig)}
+    kept = {key: value for key, value in values.items() if key not in OF_ONE_COMMAND and value != getattr(default, key)}
+    return [f"serve.{key}={to_grammar(value)}" for key, value in kept.items()]
 
 
 def _show_status(words: Words) -> int:
     servers = _servers(words)
-    if not servers:
-        print(f"no server of llmkit's runs for anything under {RUNS.absolute()}")
     for home, server in servers:
-        state = "answers" if server.answers else "does not answer yet"
+        state = "answers" if server.answers else "is not ready yet" if not server.ready else "does not answer"
         print(f"{home}: {server.url} {state}, {', '.join(server.names)}; process {server.pid} since {server.started}")
     return EXIT_DONE
 
 
 def _stop(words: Words) -> int:
-    servers = _servers(words)
-    if not servers:
-        print(f"no server of llmkit's runs for anything under {RUNS.absolute()}")
-    in_time = True
-    for home, server in servers:
+    stopping = []
+    for home, server in _servers(words):
         print(f"stopping   {home} at {server.url}: requests in flight have {server.shutdown_timeout} s", flush=True)
-        in_time &= server.stop()
-        forget(home)
-    return EXIT_DONE if in_time else EXIT_FAILED
+        stopping.append((home, server.ask_to_stop(home)))
+    code = EXIT_DONE
+    for home, server in stopping:
+        if not server.wait():
+            print(f"warning: {home}: it did not end by itself and was killed.", file=sys.stderr)
+            code = EXIT_FAILED
+        forget(home, server.pid)
+    return code
 
 
 def _servers(words: Words) -> list[tuple[Path, Running]]:
-    """The servers that run for what is named; without a name all."""
-    if not words.own.keys() & {"run", "sweep"} and not words.names("model"):
-        return all_running(RUNS)
-    config = composed(words.overrides)
-    target = of_model(config.model) if words.names("model") else find_target(words.own, config)
-    server = running(target.home)
-    return [(target.home, server)] if server else []
+    """The servers that run for what is named; without a name all. Says so if there is none."""
+    if not _names_a_target(words):
+        servers = all_running(RUNS)
+        what = f"anything under {RUNS.absolute()}"
+    else:
+        home = _targets(words, composed(words.overrides))[0].home
+        servers = [(home, server)] if (server := running(home)) else []
+        what = str(home)
+    if not servers:
+        print(f"no server of llmkit's runs for {what}")
+    return servers
 
 
 if __name__ == "__main__":

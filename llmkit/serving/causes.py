@@ -1,8 +1,7 @@
 """Why a vLLM server died, read from its log, and what to change."""
 
 import re
-
-from llmkit.serving.plan import Plan
+import signal
 
 # What the log says -> what to do. The first that is found counts; `{n}` is the first group.
 CAUSES = (
@@ -40,11 +39,11 @@ CAUSES = (
 )
 
 
-def explain(log: str, plan: Plan) -> str:
+def explain(log: str, returncode: int) -> str:
     """What to change, for a cause that is known; else empty."""
     for pattern, advice in CAUSES:
         if found := re.search(pattern, log):
             return advice.replace("{n}", found[1] if found.groups() and found[1] else "")
-    if plan.environment.for_cpu and "Killed" in log:
-        return "The system is out of memory: set serve.kv_cache_gib lower."
+    if returncode == -signal.SIGKILL:
+        return "It was killed, as the system does when memory runs out: serve.kv_cache_gib or serve.max_num_seqs lower."
     return ""

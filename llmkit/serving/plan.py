@@ -4,7 +4,9 @@ import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from llmkit import rundir
 from llmkit.config.schema import ModelConfig, ServeConfig, TrainConfig
 from llmkit.errors import ConfigError
 from llmkit.model.source import model_source
@@ -13,7 +15,7 @@ from llmkit.serving.servable import lora_arguments
 from llmkit.serving.target import Target
 
 MODULE = "vllm.entrypoints.openai.api_server"  # where older versions of vLLM have it too
-IMAGE = "vllm/vllm-openai:v0.32.0"
+IMAGE = "vllm/vllm-openai"
 MIDDLEWARE = "llmkit_allow_list.AllowList"
 MIDDLEWARE_DIR = Path(__file__).parent / "in_vllm"
 KEY = "VLLM_API_KEY"
@@ -27,12 +29,15 @@ class Plan:
 
     targets: dict[str, Target]  # by the names requests ask for them
     base: str  # a directory or a hub id: what `--model` is given
+    measured: str  # whose config and weights say what it takes: `base`, or of what is still to be merged its own base
+    measured_model: ModelConfig
     revision: str | None  # of a hub id
     adapters: dict[str, Target]  # those of `targets` that are served beside the base
     dtype: str  # by vLLM's name
     serve: ServeConfig
     environment: Environment
     trust_remote_code: bool
+    names_modules: bool = True  # whether vLLM is told which modules adapters change
 
     @property
     def names(self) -> list[str]:
@@ -55,8 +60,7 @@ class Plan:
         words = ["--model", self.base, "--host", serve.host, "--port", str(serve.port)]
         if self.revision:
             words += ["--revision", self.revision]
-        if not self.adapters:
-            words += ["--served-model-name", *self.names]
+        words += ["--served-model-name", *([self._base_name()] if self.adapters else self.names)]
         words += [*self._rendering(), "--dtype", self.dtype, "--load-format", serve.load_format]
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "quantization"):
             if (value := getattr(serve, name)) is not None:
@@ -64,13 +68,15 @@ class Plan:
         for name in ("enforce_eager", "enable_prefix_caching"):
             if (value := getattr(serve, name)) is not None:
                 words.append(_flag(name) if value else _flag(f"no_{name}"))
+        if serve.max_model_len is None:
+            words += ["--max-model-len", "auto"]  # the model's context, or what the memory holds of it
         words += ["--tensor-parallel-size", str(serve.tensor_parallel_size)]
         words += ["--pipeline-parallel-size", str(serve.pipeline_parallel_size)]
         words += ["--gpu-memory-utilization", str(serve.gpu_memory_utilization)]
         if serve.kv_cache_gib is not None:
             words += ["--kv-cache-memory-bytes", str(round(serve.kv_cache_gib * 2**30))]
         if self.adapters:
-            words += lora_arguments(self.adapters)
+            words += lora_arguments(self.adapters, name_modules=self.names_modules)
         words += ["--shutdown-timeout", str(serve.shutdown_timeout), "--disable-fastapi-docs"]
         words += ["--trust-remote-code"] * self.trust_remote_code
         return words + list(serve.extra_args)
@@ -86,9 +92,17 @@ class Plan:
         template = folder / "chat_template.jinja"
         if self.adapters and template.is_file():
             words += ["--chat-template", str(template)]
+        elif self.adapters and (text := _template_within(folder)):
+            words += ["--chat-template", text]
         if self.adapters and (folder / "generation_config.json").is_file():
             words += ["--generation-config", first.source]
         return words
+
+    def _base_name(self) -> str:
+        """What requests call the base beside its adapters."""
+        model = next(iter(self.targets.values())).base
+        name = model.name if model.name != "custom" else (model.hub_id or self.base).rstrip("/").rpartition("/")[2]
+        return f"{name}-base" if name in self.adapters else name
 
     def command(self) -> list[str]:
         """The whole command line, the guard of the routes included."""
@@ -106,10 +120,17 @@ class Plan:
         """A command that serves the same from vLLM's own image; the directories are mounted where they are here."""
         folders = [self.base, *(target.source for target in self.targets.values()), self.serve.tokenizer or ""]
         mounts = dict.fromkeys(str(Path(folder).absolute()) for folder in folders if Path(folder).is_dir() and folder)
+        hub = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
         words = ["docker", "run", "--rm", "--gpus", _gpus(self.serve), "--ipc", "host"]
+        words += ["-v", f"{hub}:/root/.cache/huggingface"] if not Path(self.base).is_absolute() else []
         words += ["--network", "host", "-e", KEY, "-e", "HF_TOKEN", "-e", "PYTHONPATH=/llmkit"]
         words += ["-v", f"{MIDDLEWARE_DIR}:/llmkit:ro", *(word for m in mounts for word in ("-v", f"{m}:{m}:ro"))]
-        words += [IMAGE, *_absolute(self.arguments()), "--middleware", MIDDLEWARE]
+        words += [
+            f"{IMAGE}:v{self.environment.version.partition('+')[0]}",
+            *_absolute(self.arguments()),
+            "--middleware",
+            MIDDLEWARE,
+        ]
         return shlex.join(words)
 
 
@@ -125,15 +146,20 @@ def make_plan(targets: dict[str, Target], config: TrainConfig, environment: Envi
     adapters = {name: target for name, target in targets.items() if not target.is_whole}
     first = next(iter(targets.values()))
     if len(targets) > 1:
-        _check_one_base(adapters)
+        _check_one_base(targets)
     model = first.base
     base = model_source(model, weights=True)
+    measured = model
+    if model.path and not Path(base).is_dir() and first.run is not None:  # dry_run: not merged yet
+        measured = first.run.model
     on_hub = bool(model.hub_id) and not model.path
     revision = model.commit or model.revision if on_hub else None
     return Plan(
         targets=targets,
         base=base if on_hub else str(Path(base).absolute()),
         revision=revision if revision != "main" else None,
+        measured=model_source(measured),
+        measured_model=measured,
         adapters=adapters,
         dtype=DTYPES[config.serve.dtype if config.serve.dtype != "auto" else _trained_in(first)],
         serve=config.serve,
@@ -147,10 +173,12 @@ def _trained_in(target: Target) -> str:
     return target.run.precision.name if target.run else "auto"
 
 
-def _check_one_base(adapters: dict[str, Target]) -> None:
-    """Raise ConfigError unless the adapters can stand beside one base, with one template."""
-    first_name, first = next(iter(adapters.items()))
-    for name, target in adapters.items():
+def _check_one_base(targets: dict[str, Target]) -> None:
+    """Raise ConfigError unless all are adapters that can stand beside one base, rendered and computed alike."""
+    first_name, first = next(iter(targets.items()))
+    for name, target in targets.items():
+        if target.is_whole:
+            raise ConfigError(f"serve.all=true: {name} is a whole model, and one server has one; serve it alone, run=.")
         if _identity(target.base) != _identity(first.base):
             raise ConfigError(f"serve.all=true: {name} and {first_name} have different bases; serve them one by one.")
         if _template(target) != _template(first):
@@ -158,6 +186,22 @@ def _check_one_base(adapters: dict[str, Target]) -> None:
                 f"serve.all=true: {name} and {first_name} have different chat templates, and vLLM renders with one; "
                 "serve them one by one."
             )
+        if _trained_in(target) != _trained_in(first) or _endings(target) != _endings(first):
+            raise ConfigError(
+                f"serve.all=true: {name} and {first_name} have different precisions or end tokens, and a server has "
+                "one; serve them one by one."
+            )
+
+
+def _endings(target: Target) -> Any:
+    """The tokens that end an answer."""
+    return (rundir.read_json(Path(target.source, "generation_config.json")) or {}).get("eos_token_id")
+
+
+def _template_within(folder: Path) -> str | None:
+    """The template in tokenizer_config.json, where older versions of Transformers wrote it."""
+    own = (rundir.read_json(folder / "tokenizer_config.json") or {}).get("chat_template")
+    return own if isinstance(own, str) else None
 
 
 def _identity(model: ModelConfig) -> tuple[str | None, ...]:

@@ -15,6 +15,8 @@ STARTS = (True, False, "gaussian", "orthogonal")
 
 def unservable(adapter: dict[str, Any]) -> str | None:
     """What keeps vLLM 0.32 from serving an adapter of these settings (adapter_config.json) unmerged; None: nothing."""
+    if (kind := adapter.get("peft_type", "LORA")) != "LORA":
+        return f"an adapter of the kind {kind}"
     if adapter.get("trainable_token_indices"):
         return "rows of new tokens"
     if adapter.get("modules_to_save"):
@@ -23,6 +25,9 @@ def unservable(adapter: dict[str, Any]) -> str | None:
         return "DoRA"
     if adapter.get("init_lora_weights", True) not in STARTS:
         return f"init_lora_weights={adapter['init_lora_weights']}"
+    for feature in ("lora_bias", "layer_replication", "alora_invocation_tokens"):
+        if adapter.get(feature):
+            return feature
     if adapter.get("bias", "none") != "none":
         return f"trained biases (bias={adapter['bias']})"
     if rank_of(adapter) > RANKS[-1]:
@@ -64,13 +69,17 @@ def rank_of(adapter: dict[str, Any]) -> int:
     return max([adapter.get("r", 0), *(adapter.get("rank_pattern") or {}).values()])
 
 
-def lora_arguments(adapters: dict[str, Target]) -> list[str]:
-    """vLLM's arguments for adapters by the names they are asked for under."""
+def lora_arguments(adapters: dict[str, Target], *, name_modules: bool = True) -> list[str]:
+    """vLLM's arguments for adapters by the names they are asked for under.
+
+    Args:
+        name_modules: say which modules they change; vLLM 0.32 does not find those of experts by their last names.
+    """
     settings = [target.adapter for target in adapters.values() if target.adapter is not None]
     largest = max(map(rank_of, settings))
     words = ["--enable-lora", "--max-lora-rank", str(next(rank for rank in RANKS if rank >= largest))]
     words += ["--max-loras", str(len(adapters)), "--max-cpu-loras", str(len(adapters))]
-    if (modules := _modules(settings)) is not None:
+    if name_modules and (modules := _modules(settings)) is not None:
         words += ["--lora-target-modules", *modules]
     paths = {name: Path(target.source).absolute() for name, target in adapters.items()}
     # As JSON: the jobs of a sweep are called KEY=VALUE, and vLLM's short form is NAME=PATH.
@@ -81,7 +90,7 @@ def _modules(settings: list[dict[str, Any]]) -> list[str] | None:
     """The last names of all modules that the adapters change; None where one of them is a pattern."""
     names: set[str] = set()
     for adapter in settings:
-        if not isinstance(adapter.get("target_modules"), list):
+        if not isinstance(adapter.get("target_modules"), list) or adapter.get("target_parameters"):
             return None
         names |= {module.rpartition(".")[2] for module in adapter["target_modules"]}
     return sorted(names)

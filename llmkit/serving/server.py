@@ -6,6 +6,7 @@ import signal
 import subprocess
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,9 @@ from llmkit.processes import die_with_parent
 from llmkit.serving.causes import explain
 from llmkit.serving.http import NoAnswer, ask
 from llmkit.serving.plan import Plan
+from llmkit.serving.state import SECONDS_AFTER_DRAINING
 
 SECONDS_BETWEEN_LOOKS = 0.1
-SECONDS_AFTER_DRAINING = 20.0  # for vLLM to end by itself once its requests have had their time
 LAST_LINES = 15
 
 
@@ -37,6 +38,7 @@ class Server:
         self.plan, self.log, self.show = plan, log, show
         self.process: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
+        self._mark = ("x-llmkit-server", uuid.uuid4().hex)
         self._stopping = False
         self._last: deque[str] = deque(maxlen=400)
 
@@ -52,7 +54,7 @@ class Server:
         with open(self.log, "wb") as output:
             self.process = subprocess.Popen(
                 self.plan.command(),
-                env=os.environ | self.plan.variables(),
+                env=os.environ | self.plan.variables() | {"LLMKIT_SERVER": self._mark[1]},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -62,16 +64,17 @@ class Server:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def wait_until_ready(self, *, stopped: Callable[[], bool]) -> bool:
-        """Wait until every name is listed and has answered; False if `stopped` said so first.
+    def wait_until_ready(self) -> None:
+        """Wait until every name is listed and has answered.
 
         Raises ServerDied if the process ends, LlmkitError if it takes longer than `serve.startup_timeout_s`.
         """
         deadline = time.monotonic() + self.plan.serve.startup_timeout_s
-        while not stopped():
+        while True:
             self.check_alive()
             with contextlib.suppress(NoAnswer):
-                listed = {model["id"] for model in ask(self.plan.url, "/v1/models", timeout=5)["data"]}
+                models = ask(self.plan.url, "/v1/models", timeout=5, expected=self._mark)["data"]
+                listed = {model["id"] for model in models}
                 if listed.issuperset(self.plan.names):
                     return self._answers()
             if time.monotonic() > deadline:
@@ -80,9 +83,8 @@ class Server:
                     f"{self.log}"
                 )
             time.sleep(SECONDS_BETWEEN_LOOKS)
-        return False
 
-    def _answers(self) -> bool:
+    def _answers(self) -> None:
         """One token from each name: a server can list a model that it cannot run."""
         for name in self.plan.names:
             try:
@@ -91,7 +93,18 @@ class Server:
                 time.sleep(1.0)  # a process that has just failed needs a moment to end
                 self.check_alive()
                 raise
-        return True
+
+    @property
+    def pid(self) -> int:
+        """Of the server's process, which is its group's too."""
+        assert self.process is not None, "start() comes first"
+        return self.process.pid
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process is over."""
+        assert self.process is not None, "start() comes first"
+        return self.process.poll() is not None
 
     def check_alive(self) -> None:
         """Raise ServerDied if the process has ended."""
@@ -103,7 +116,7 @@ class Server:
             self._reader.join(timeout=5)
         last = [line for line in self._last if line.strip()][-LAST_LINES:]
         said = "".join(f"\n  {line}" for line in last)
-        advice = explain("\n".join(self._last), self.plan)
+        advice = explain("\n".join(self._last), self.process.returncode)
         raise ServerDied(
             f"vLLM ended with code {self.process.returncode}.{f' {advice}' if advice else ''}\n"
             f"Its last lines, of {self.log}:{said}"
@@ -121,8 +134,13 @@ class Server:
         self._end_group()
         self.process.wait()
 
-    def kill(self) -> None:
-        """End it at once."""
+    def end(self, *, within: float = 0.0) -> None:
+        """End it and all it started, requests in flight or not; by force after `within` seconds."""
+        self._stopping = True
+        if within and self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(within)
         self._end_group()
 
     def _end_group(self) -> None:

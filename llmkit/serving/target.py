@@ -22,7 +22,7 @@ from llmkit.remote import files_at, is_remote, joined, local_copy, split_address
 KEYS = {"run": "RUN_DIR", "sweep": "DIR"}
 RUNS = Path("runs")
 OTHERS = RUNS / "served"  # where files about a model that is no run of this machine go
-CHECKPOINT = re.compile(r"step-\d{8,}")
+CHECKPOINT = re.compile(r"step-(\d{8,})")
 MAXIMIZED = {name for names in FIGURES_OF_RECIPE.values() for name in names}
 
 
@@ -38,6 +38,7 @@ class Target:
     run: TrainConfig | None  # the config of the run that made it
     home: Path  # where files about it go on this machine: the run's directory, where there is one
     records: str = ""  # where that run's own files lie: its directory or its address in a bucket
+    step: int | None = None  # of a checkpoint
     is_partial: bool = False  # a checkpoint of method=freeze: the trained weights alone, which belong to `base`
 
     @property
@@ -131,7 +132,8 @@ def _of_checkpoint(address: str, said: str) -> Target:
 def _made_by(config: TrainConfig, directory: Path, *, name: str, said: str, place: str) -> Target:
     """What the run of this config at `place` has saved in `directory`."""
     adapter = rundir.read_json(directory / ADAPTER_CONFIG)
-    partial = adapter is None and config.method.name == "freeze" and CHECKPOINT.fullmatch(directory.name) is not None
+    found = CHECKPOINT.fullmatch(directory.name)
+    partial = adapter is None and config.method.name == "freeze" and found is not None
     base = config.model
     if adapter is None and not partial:
         base = ModelConfig(path=str(directory), trust_remote_code=base.trust_remote_code)
@@ -144,6 +146,7 @@ def _made_by(config: TrainConfig, directory: Path, *, name: str, said: str, plac
         run=config,
         home=OTHERS / name if is_remote(place) else Path(place),
         records=place,
+        step=int(found[1]) if found else None,
         is_partial=partial,
     )
 
@@ -190,6 +193,10 @@ def best_of_sweep(directory: Path) -> Path:
 
 def ranked_runs(directory: Path) -> list[Path]:
     """The finished runs of a sweep, the best first. Raises ConfigError if there is none."""
+    if str(directory).startswith("s3:"):
+        raise ConfigError(
+            "sweep=s3://...: a sweep is read from a directory; of one in a bucket name a run, run=s3://..."
+        )
     sweep = rundir.read_json(directory / rundir.SWEEP)
     if sweep is None:
         hint = f"; run={directory}" if (directory / rundir.CONFIG).exists() else ""

@@ -44,12 +44,20 @@ def fetch_range(
             if etag not in (None, response["ETag"]):
                 raise Changed(f"it was replaced by another one while it was fetched ({etag}, then {response['ETag']})")
             etag = response["ETag"]
-            with response["Body"] as _:
-                while count := response["Body"].readinto(block):
-                    if stop.is_set():
-                        raise Abandoned
-                    take(position, block[:count])
-                    position, failures = position + count, 0
+            filled = 0
+            try:
+                with response["Body"] as body:
+                    while count := body.readinto(block[filled:]):
+                        if stop.is_set():
+                            raise Abandoned
+                        filled, failures = filled + count, 0
+                        if filled == len(block):  # many small pieces in one: handing one on costs more than its bytes
+                            take(position, block)
+                            position, filled = position + filled, 0
+            finally:  # of a connection that breaks too
+                if filled:
+                    take(position, block[:filled])
+                    position += filled
             if position == end:
                 return etag
             raise Changed(f"it ended after {position:,} of {end:,} bytes")

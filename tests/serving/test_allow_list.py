@@ -59,5 +59,20 @@ def test_a_browser_may_ask_what_it_may_ask(with_key):
     assert asked("/invocations", method="OPTIONS") == 404
 
 
+def test_llmkit_knows_its_own_server_by_a_mark(monkeypatch):
+    monkeypatch.setenv("LLMKIT_SERVER", "mine")
+    headers = []
+
+    async def application(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"a", b"b")]})
+
+    async def send(message):
+        headers.extend(message["headers"])
+
+    scope = {"type": "http", "path": "/v1/models", "method": "GET", "headers": []}
+    asyncio.run(AllowList(application)(scope, None, send))
+    assert headers == [(b"a", b"b"), (b"x-llmkit-server", b"mine")]
+
+
 def test_there_are_no_web_sockets(with_key):
     assert asked("/v1/realtime", kind="websocket", key="Bearer right") == 1008

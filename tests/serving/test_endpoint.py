@@ -1,5 +1,6 @@
 """chat and evaluate over HTTP: against a real vLLM, and against servers that fail."""
 
+import dataclasses
 import http.server
 import json
 import os
@@ -127,16 +128,19 @@ def test_a_server_and_this_process_give_the_same_answers(server, talking_run, tm
 def test_the_server_that_serve_has_running_is_found(server, talking_run, tmp_path, capsys):
     run = Path(shutil.copytree(talking_run, tmp_path / "talking"))
     url, pid = server
-    running = {"pid": pid, "born": born(pid) or "", "url": url, "log": "", "started": "", "shutdown_timeout": 60}
-    Running(**running, names=["talking"]).write(run)
+    running = {"pid": pid, "born": born(pid) or "", "host": socket.gethostname(), "url": url, "log": "", "started": ""}
+    state = Running(**running, shutdown_timeout=60, sources={"talking": str(run / "final")}, ready=True)
+    state.write(run)
 
     assert chat.main([f"run={run}", "prompt=Who are you?"]) == 0
 
     said = capsys.readouterr()
     assert said.out == f"{ME}\n"
     assert said.err == f"model      run={run}, at its running server {url}/v1\n"
-    Running(**running, names=["other"]).write(run)
-    assert running_server(of_run(run)) is None
+    checkpoint = str(run / "checkpoints" / "step-00000010")
+    for other in ({"sources": {"talking": checkpoint}}, {"ready": False}, {"host": "elsewhere"}):
+        dataclasses.replace(state, **other).write(run)
+        assert running_server(of_run(run)) is None
 
 
 @pytest.mark.slow

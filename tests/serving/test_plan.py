@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -13,6 +14,7 @@ from llmkit.errors import ConfigError
 from llmkit.serving.causes import explain
 from llmkit.serving.checks import check
 from llmkit.serving.environment import Environment, find_environment
+from llmkit.serving.model_facts import ModelFacts, read_model
 from llmkit.serving.plan import make_plan
 from llmkit.serving.servable import unservable, why_merged
 from llmkit.serving.target import of_model, of_run
@@ -39,7 +41,7 @@ def value(words: list[str], flag: str) -> str:
 def test_an_adapter_is_served_beside_its_base_with_its_own_template_and_end_tokens(tuned_run):
     words = plan_of(of_run(tuned_run)).arguments()
 
-    assert value(words, "--model") == of_run(tuned_run).base.path or Path(value(words, "--model")).is_dir()
+    assert Path(value(words, "--model"), "config.json").is_file()
     assert json.loads(value(words, "--lora-modules")) == {"name": "tuned", "path": str(tuned_run / "final")}
     assert value(words, "--chat-template") == str(tuned_run / "final" / "chat_template.jinja")
     assert value(words, "--generation-config") == str(tuned_run / "final")
@@ -145,22 +147,15 @@ def problems(plan, **hardware) -> str:
 def test_what_fits_is_said_with_its_numbers(tiny):
     plan, facts, warnings = check(plan_of(tiny, kv_cache_gib=0.5), HardwareConfig(memory_gib=8))
 
-    assert facts == [f"weights 1.4 MiB, KV cache 0.5 GiB of 8.0 GiB = {facts[0].split(' = ')[1]}"]
-    assert plan.serve.max_model_len is None
+    assert re.fullmatch(r"weights 1\.4 MiB, KV cache 0\.5 GiB of 8\.0 GiB = about [\d,]+ tokens", facts[0])
+    assert value(plan.arguments(), "--max-model-len") == "auto"
     assert warnings == []
-
-
-def test_a_small_cache_bounds_the_longest_request(tiny):
-    plan, facts, _ = check(plan_of(tiny, kv_cache_gib=0.001), HardwareConfig(memory_gib=8))
-
-    assert 0 < plan.serve.max_model_len < 16384
-    assert f"requests of up to {plan.serve.max_model_len:,} tokens" in facts[0]
 
 
 def test_a_length_that_does_not_fit_says_what_does(tiny):
     said = problems(plan_of(tiny, kv_cache_gib=0.001, max_model_len=10_000), memory_gib=8)
 
-    assert "serve.max_model_len=10,000: the KV cache holds" in said
+    assert re.search(r"serve\.max_model_len=10,000: weights .* = about [\d,]{3,5} tokens; use at most that", said)
 
 
 def test_weights_that_do_not_fit_say_what_would(tiny):
@@ -220,6 +215,55 @@ def test_a_python_without_vllm_says_how_to_add_it(tmp_path):
         ("something nobody has seen", ""),
     ],
 )
-def test_known_causes_of_death_say_what_to_change(tiny, log, advice):
-    assert advice in explain(log, plan_of(tiny))
-    assert bool(explain(log, plan_of(tiny))) == bool(advice)
+def test_known_causes_of_death_say_what_to_change(log, advice):
+    assert advice in explain(log, 1)
+    assert bool(explain(log, 1)) == bool(advice)
+
+
+def test_a_server_that_was_killed_is_taken_for_one_without_memory():
+    assert "when memory runs out" in explain("", -9)
+
+
+# --- together ------------------------------------------------------------------------------------------------------
+
+
+def test_whole_models_are_not_served_together(tiny, tuned_run):
+    with pytest.raises(ConfigError, match="is a whole model, and one server has one"):
+        plan_of(of_run(tuned_run), tiny)
+
+
+def test_words_that_llmkit_sets_itself_are_refused_among_the_extra_ones(tiny):
+    said = problems(plan_of(tiny, extra_args=["--host", "0.0.0.0", "--api-key=secret"]))
+
+    assert "--host is llmkit's to set: serve.host" in said
+    assert "--api-key is llmkit's to set: VLLM_API_KEY in the environment" in said
+    assert "secret" not in said
+
+
+def test_more_gpus_than_there_are_is_refused_and_unused_ones_are_warned_of(tiny):
+    two = {"environment": ON_GPU, "kv_cache_gib": None}
+    assert "needs 4 GPUs, and there are 2" in problems(plan_of(tiny, devices="0,1", tensor_parallel_size=4, **two))
+    _, _, warnings = check(plan_of(tiny, devices="0,1", **two), HardwareConfig(memory_gib=8))
+    assert "2 GPUs, of which 1 are used" in warnings[0]
+
+
+def test_weights_are_counted_once_where_a_folder_holds_them_twice(tiny_model_dir, tmp_path):
+    folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "twice"))
+    once = read_model(ModelConfig(path=str(folder)), str(folder), None).weights
+    (folder / "consolidated.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model.safetensors"}}))
+
+    assert read_model(ModelConfig(path=str(folder)), str(folder), None).weights == once
+
+
+@pytest.mark.parametrize(
+    ("config", "context"),
+    [
+        ({"max_position_embeddings": 4096}, 4096),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"rope_type": "llama3", "factor": 8}}, 4096),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 8}}, None),
+        ({"n_positions": 1024}, 1024),
+    ],
+)
+def test_the_context_is_known_only_where_the_config_says_it_plainly(config, context):
+    assert ModelFacts(config=config, weights=None).context == context

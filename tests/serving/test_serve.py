@@ -14,11 +14,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from llmkit.serving.state import living_in
 
 pytest.importorskip("vllm", reason="serving needs vLLM: make serve-env")
 pytestmark = pytest.mark.slow
@@ -108,7 +110,7 @@ def serving(project: Path, *words: str) -> Iterator[Served]:
         yield served
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
-        assert process.wait(120) == 0, "".join(served.said)
+            assert process.wait(120) == 0, "".join(served.said)
     finally:
         process.kill()
         process.wait()
@@ -214,28 +216,19 @@ def test_a_stop_lets_requests_in_flight_end_and_leaves_nothing(every_adapter, pr
     assert living_in(group) == []
 
 
-def living_in(group: int) -> list[str]:
-    """The processes of a group; those that have ended and are not yet forgotten do not count."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            name, _, rest = stat.read_text(encoding="utf-8").rpartition(")")
-            state, _, its_group = rest.split()[:3]
-            if int(its_group) == group and state != "Z":
-                found.append(name)
-    return found
-
-
 def _running(served: Served) -> int:
     found = re.findall(r"^vllm:num_requests_running\{.*\} ([\d.]+)$", served.ask("/metrics")[1].decode(), re.M)
     return int(sum(map(float, found)))
 
 
-def test_the_best_run_merged_gives_the_same_answers_and_parity(project):
+def test_the_best_run_merged_gives_the_same_answers_and_parity_and_dies_with_llmkit(project):
     with serving(project, "sweep=runs/ranks", "serve.adapter=merged", "serve.served_model_name=sums") as served:
         assert {q: served.answer("sums", q) for q in SUMS} == SUMS
         assert any(line.startswith("parity") and "the same tokens; log-prob" in line for line in served.said)
         assert any(line.startswith("merged") and "serve.adapter=merged" in line for line in served.said)
+        group = serve_state(next((project / "runs" / "ranks").glob("*/serve.json")).parent)["pid"]
+        served.process.kill()
+        wait_until(lambda: living_in(group) == [], seconds=60)
 
 
 # --- what is not what was trained ----------------------------------------------------------------------------------

@@ -110,6 +110,19 @@ def test_a_run_named_as_a_sweep_says_how_to_name_it(runs):
         best_of_sweep(runs / "tuned")
 
 
+def test_the_probe_of_a_run_in_a_bucket_comes_along(runs, s3_url):
+    from llmkit.serving.parity import read_probe
+    from llmkit.storage import open_place, upload_files
+
+    there = open_place(f"{s3_url}/tuned", of_run(runs / "tuned").run.storage)
+    files = [path for path in (runs / "tuned").rglob("*") if path.is_file() and "checkpoints" not in path.parts]
+    upload_files(there, runs / "tuned", [path.relative_to(runs / "tuned").as_posix() for path in files])
+    target = of_run(there.url)
+
+    assert (target.name, target.home) == ("tuned", Path("runs/served/tuned"))
+    assert read_probe(target) == read_probe(of_run(runs / "tuned"))
+
+
 def test_a_directory_with_a_model_is_that_model(tiny_model_dir):
     target = find_target({}, TrainConfig(model=ModelConfig(path=str(tiny_model_dir))))
 

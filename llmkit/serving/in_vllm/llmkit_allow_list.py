@@ -27,6 +27,7 @@ class AllowList:
     def __init__(self, app: App) -> None:
         self.app = app
         self.key = os.environ.get("VLLM_API_KEY", "").encode()
+        self.mark = (b"x-llmkit-server", os.environ.get("LLMKIT_SERVER", "").encode())
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -39,8 +40,18 @@ class AllowList:
             await _refuse(send, 404, b'{"error": "not found"}')
         elif scope["method"] != "OPTIONS" and not self._has_key(scope):  # a browser asks OPTIONS before it has a say
             await _refuse(send, 401, b'{"error": "unauthorized"}')
+        elif scope["path"] == "/v1/models":  # by the mark llmkit knows the server it has started from another one
+            await self.app(scope, receive, self._marked(send))
         else:
             await self.app(scope, receive, send)
+
+    def _marked(self, send: Any) -> Any:
+        async def marked(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", []), self.mark]}
+            await send(message)
+
+        return marked
 
     def _has_key(self, scope: Scope) -> bool:
         if not self.key:

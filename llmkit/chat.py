@@ -132,10 +132,10 @@ def _models(words: Words, opened: ExitStack) -> dict[str, Answering]:
         raise ConfigError("name: says which model of an endpoint is meant; it goes with url=URL.")
     config = composed(words.overrides)
     target = meant(words, config)
-    if not compare and (url := running_server(target)):
-        endpoint = opened.enter_context(Endpoint.at(url, name=target.name))
+    if not compare and (found := running_server(target)):
+        endpoint = opened.enter_context(Endpoint.at(found[0], name=found[1]))
         say("model", f"{target.said}, at its running server {endpoint.url}")
-        return {target.name: endpoint}
+        return {endpoint.model: endpoint}
     with light_imports(target.run or config):
         from llmkit.serving.in_process import load_answering, load_base
 

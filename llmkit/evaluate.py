@@ -151,16 +151,18 @@ def _endpoint(asked: Asked, target: Target, opened: ExitStack) -> "Endpoint | No
     """The endpoint to ask, if one is named. Raises ConfigError, or AnswerError if it does not answer."""
     from llmkit.serving.endpoint import CONCURRENCY, Endpoint, running_server
 
-    url = asked.url
-    if asked.served and (url := running_server(target, name=asked.name)) is None:
-        raise ConfigError(
-            f"served=true: no server is running for {target.said}; llmkit serve {target.said} starts one."
-        )
+    url, name = asked.url, asked.name
+    if asked.served:
+        if (found := running_server(target, name=name)) is None:
+            raise ConfigError(
+                f"served=true: no server is running for {target.said}; llmkit serve {target.said} starts one."
+            )
+        url, name = found
     if url is None:
         return None
     concurrency = asked.concurrency or CONCURRENCY
-    endpoint = opened.enter_context(Endpoint.at(url, name=asked.name, wanted=target.name, concurrency=concurrency))
-    if endpoint.model not in (target.name, asked.name):
+    endpoint = opened.enter_context(Endpoint.at(url, name=name, wanted=target.name, concurrency=concurrency))
+    if endpoint.model not in (target.name, name):
         raise ConfigError(
             f"{endpoint.url} serves {endpoint.model}, and the results would be those of {target.said}. Say "
             f"name={endpoint.model} if that is the same model, or name the other one with run= or model=."

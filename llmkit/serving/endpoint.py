@@ -136,17 +136,17 @@ def endpoint_url(url: str) -> str:
     return url if url.endswith("/v1") else f"{url}/v1"
 
 
-def running_server(target: Target, *, name: str | None = None) -> str | None:
-    """The address of the server that `llmkit serve` has running for this target; None if there is none.
+def running_server(target: Target, *, name: str | None = None) -> tuple[str, str] | None:
+    """The address of the server that `llmkit serve` has running for this target, and what the target is called there.
 
     Args:
-        name: what it is called in requests; unset: as the target.
+        name: what it is called, where that is known.
     """
     server = running(target.home)
-    if server is None:
+    if server is None or not server.ready:
         return None
-    meant = name in server.names if name else target.source in server.sources.values()
-    return server.url if meant and server.ready else None
+    meant = [called for called, source in server.sources.items() if source == target.source or called == name]
+    return (server.url, name or meant[0]) if meant and name in (None, *meant) else None
 
 
 def _chosen(url: str, cards: list[Any], served: list[str], name: str | None, wanted: str | None) -> str:

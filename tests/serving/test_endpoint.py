@@ -137,6 +137,9 @@ def test_the_server_that_serve_has_running_is_found(server, talking_run, tmp_pat
     said = capsys.readouterr()
     assert said.out == f"{ME}\n"
     assert said.err == f"model      run={run}, at its running server {url}/v1\n"
+    dataclasses.replace(state, sources={"other": str(run / "final")}).write(run)
+    assert running_server(of_run(run)) == (url, "other")
+    assert running_server(of_run(run), name="talking") is None
     checkpoint = str(run / "checkpoints" / "step-00000010")
     for other in ({"sources": {"talking": checkpoint}}, {"ready": False}, {"host": "elsewhere"}):
         dataclasses.replace(state, **other).write(run)

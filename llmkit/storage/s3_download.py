@@ -44,9 +44,9 @@ def fetch_range(
             if etag not in (None, response["ETag"]):
                 raise Changed(f"it was replaced by another one while it was fetched ({etag}, then {response['ETag']})")
             etag = response["ETag"]
-            filled = 0
+            filled, body = 0, response["Body"]
             try:
-                with response["Body"] as body:
+                with body:  # as what it gives is the stream within, which does not notice an early end
                     while count := body.readinto(block[filled:]):
                         if stop.is_set():
                             raise Abandoned

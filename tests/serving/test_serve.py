@@ -32,6 +32,7 @@ TRAINING = (
     *("data.path=sums.jsonl", "data.validation=sums.jsonl", "training.max_steps=80", "training.learning_rate=1e-2"),
     *("training.global_batch_size=8", "evaluation.baseline=false"),
 )
+TOKENS = 1500  # of an answer that takes its time
 READY_WITHIN = 240.0  # seconds; half a minute on an idle machine
 
 
@@ -204,14 +205,14 @@ def test_a_second_server_for_the_same_run_is_refused(every_adapter, project):
 def test_a_stop_lets_requests_in_flight_end_and_leaves_nothing(every_adapter, project):
     home = next((project / "runs" / "ranks").glob("*/serve.json")).parent
     group = os.getpgid(serve_state(home)["pid"])
-    body = {"model": "r=8", "prompt": "1", "max_tokens": 400, "ignore_eos": True, "temperature": 1.0}
+    body = {"model": "r=8", "prompt": "1", "max_tokens": TOKENS, "ignore_eos": True, "temperature": 1.0}
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(every_adapter.post, "/v1/completions", body) for _ in range(8)]
         wait_until(lambda: _running(every_adapter) == 8)
         every_adapter.process.send_signal(signal.SIGTERM)
         counts = [one.result()["usage"]["completion_tokens"] for one in asked]
 
-    assert counts == [400] * 8
+    assert counts == [TOKENS] * 8
     assert every_adapter.process.wait(120) == 0
     assert not (home / "serve.json").exists()
     assert living_in(group) == []

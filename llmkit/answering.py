@@ -1,12 +1,10 @@
 """What chat and evaluate share: the model that is meant, and how to reach it."""
 
-import atexit
-import gc
 import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from llmkit.config import TrainConfig
@@ -52,16 +50,10 @@ def hide_libraries(config: TrainConfig) -> bool:
 @contextmanager
 def light_imports(config: TrainConfig) -> Iterator[None]:
     """Imports without such libraries, and without the collector walking what imports make, again and again."""
-    if not hide_libraries(config):
+    from llmkit.worker import no_garbage_collection
+
+    with no_garbage_collection() if hide_libraries(config) else nullcontext():
         yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-        atexit.register(gc.unfreeze)  # else libraries in C++ report their objects as leaks at exit
 
 
 def whole_number(words: Words, key: str, *, least: int = 1) -> int | None:

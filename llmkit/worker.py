@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(config: TrainConfig, run_dir: Path) -> int:
     stop = StopRequest().watch()
     try:
-        with _no_garbage_collection():
+        with no_garbage_collection():
             from llmkit.training.console import RunConsole
 
             recipe = importlib.import_module(f"llmkit.recipes.{config.recipe}")
@@ -146,7 +146,7 @@ def _publish(config: TrainConfig, run_dir: Path, code: int) -> int:
 
 
 @contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Keep the collector from walking what imports make, again and again: a second of every start.
 
     What is there afterwards stays for good, so it is left out of later collections too.

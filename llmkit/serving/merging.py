@@ -20,7 +20,7 @@ from llmkit.byte_progress import in_bytes
 from llmkit.config.schema import ExportConfig
 from llmkit.errors import ConfigError, LlmkitError
 from llmkit.model.source import shown_source
-from llmkit.serving.target import CHECKPOINT, Target
+from llmkit.serving.target import CHECKPOINT, Target, dtype_of
 
 MERGED = "merged"
 RECORD, PARITY = "merge.json", "parity.json"
@@ -29,8 +29,6 @@ SOURCES = (
     *("adapter_model.safetensors", "adapter_config.json", "model.safetensors"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"),
 )
-# By the precision a run trained in; the others train on bfloat16 weights.
-DTYPES = {"fp32": "float32", "fp16": "float16"}
 
 Say = Callable[[str], None]
 
@@ -165,7 +163,7 @@ def _made_from(target: Target, settings: ExportConfig) -> dict[str, Any]:
         "base": target.base.hub_id if target.base.hub_id and not target.base.path else shown_source(target.base),
         "revision": target.base.commit or target.base.revision,
         "merge_base": settings.merge_base if is_quantized else None,
-        "dtype": DTYPES.get(run.precision.name if run else "", "bfloat16"),
+        "dtype": dtype_of(run.precision.name if run else ""),
         "max_shard_gb": settings.max_shard_gb,
         "limits": [settings.max_kl, settings.min_top1_agreement],
     }

@@ -8,13 +8,12 @@ from llmkit import rundir
 from llmkit.errors import LlmkitError
 from llmkit.remote import files_at, is_remote, local_copy
 from llmkit.serving.http import ask
-from llmkit.serving.target import Target
+from llmkit.serving.target import Target, dtype_of
 
 # Largest mean difference of log-probabilities in nats, by the coarser of the two arithmetics. Seen between training and
 # vLLM on tiny models: 1e-5 in fp32, 0.005 to 0.02 in bf16; another base or adapter: 0.5 and more.
 TOLERANCE = {"float32": 0.005, "float16": 0.05, "bfloat16": 0.1}
 QUANTIZED_TOLERANCE = 0.5
-DTYPE_OF = {"fp32": "float32", "fp16": "float16"}  # of a precision; any other is bfloat16
 SHOWN = 12  # tokens around the first difference
 
 
@@ -88,7 +87,7 @@ def compare(probe: Probe, target: Target, *, url: str, name: str, dtype: str, qu
         NotTheSame: with what differs, and what that may come from.
         NoAnswer: if the server fails.
     """
-    mine = DTYPE_OF.get(probe.precision, "bfloat16")
+    mine = dtype_of(probe.precision)
     tolerance = max(TOLERANCE[mine], TOLERANCE.get(dtype, TOLERANCE["bfloat16"]))
     tolerance = QUANTIZED_TOLERANCE if quantized else tolerance
     differences: list[float] = []

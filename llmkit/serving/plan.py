@@ -12,14 +12,13 @@ from llmkit.errors import ConfigError
 from llmkit.model.source import model_source
 from llmkit.serving.environment import Environment
 from llmkit.serving.servable import lora_arguments
-from llmkit.serving.target import Target
+from llmkit.serving.target import Target, dtype_of
 
 MODULE = "vllm.entrypoints.openai.api_server"  # where older versions of vLLM have it too
 IMAGE = "vllm/vllm-openai"
 MIDDLEWARE = "llmkit_allow_list.AllowList"
 MIDDLEWARE_DIR = Path(__file__).parent / "in_vllm"
 KEY = "VLLM_API_KEY"
-DTYPES = {"auto": "auto", "bf16": "bfloat16", "bf16_pure": "bfloat16", "fp16": "float16", "fp32": "float32"}
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
@@ -154,6 +153,7 @@ def make_plan(targets: dict[str, Target], config: TrainConfig, environment: Envi
         measured = first.run.model
     on_hub = bool(model.hub_id) and not model.path
     revision = model.commit or model.revision if on_hub else None
+    precision = _trained_in(first) if config.serve.dtype == "auto" else config.serve.dtype
     return Plan(
         targets=targets,
         base=base if on_hub else str(Path(base).absolute()),
@@ -161,7 +161,7 @@ def make_plan(targets: dict[str, Target], config: TrainConfig, environment: Envi
         measured=model_source(measured),
         measured_model=measured,
         adapters=adapters,
-        dtype=DTYPES[config.serve.dtype if config.serve.dtype != "auto" else _trained_in(first)],
+        dtype="auto" if precision == "auto" else dtype_of(precision),
         serve=config.serve,
         environment=environment,
         trust_remote_code=model.trust_remote_code,

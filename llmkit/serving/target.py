@@ -47,6 +47,11 @@ class Target:
         return self.adapter is None and not self.is_partial
 
 
+def dtype_of(precision: str) -> str:
+    """The dtype that a run of this precision computes in, by torch's name; all but two train on bfloat16."""
+    return {"fp32": "float32", "fp16": "float16"}.get(precision, "bfloat16")
+
+
 def find_target(words: dict[str, str], config: TrainConfig) -> Target:
     """The model that `words` (a verb's own: run, sweep) and the config's `model` mean.
 

@@ -34,6 +34,8 @@ class WandbTracker(NoTracker):
     """Weights & Biases; `run_id` goes on with an earlier run of that id."""
 
     def __init__(self, config: TrainConfig, run_dir: Path, run_id: str | None = None):
+        # Names the W&B service of whoever started us, a notebook say: a run handed to it may never reach the disk.
+        os.environ.pop("WANDB_SERVICE", None)
         import wandb
 
         self._wandb = wandb

@@ -118,6 +118,27 @@ def test_a_tracker_that_cannot_be_reached_does_not_hold_up_the_run(run_llmkit, t
     assert "a" * 40 not in done.stdout + done.stderr
 
 
+def test_a_run_started_from_a_process_that_uses_the_tracker_itself_reaches_the_disk(tmp_path):
+    notebook = """
+import subprocess, sys, wandb
+
+with wandb.init(mode="offline", dir=sys.argv[1]):
+    sys.exit(subprocess.run(sys.argv[2:], cwd=sys.argv[1], check=False).returncode)
+"""
+    words = ["tracking=wandb", "name=alpha", "training.max_steps=1", "evaluation=off"]
+    command = [sys.executable, "-c", notebook, str(tmp_path), sys.executable, "-m", "llmkit.train", *words]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list((tmp_path / "runs/alpha/wandb").glob("offline-run-*/run-*.wandb"))
+
+
 def test_a_run_that_goes_on_is_the_same_run_to_the_tracker(tmp_path):
     directory, env = tmp_path, os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     words = ["tracking=wandb", "name=alpha", "evaluation=off", "training.save_steps=2", "training.max_steps=3"]

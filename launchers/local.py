@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from llmkit import rundir
-from llmkit.config import TrainConfig, resolve
-from llmkit.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_WRONG_INPUT, ConfigError
+from llmkit.config import TrainConfig, resolve, save
+from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_WRONG_INPUT, ConfigError
 from llmkit.hangup import keep_output
 from llmkit.launchers.prepare import changed_since, finished_elsewhere, finished_result, prepare, send_what_is_missing
 from llmkit.launchers.sweep import Job, Sweep
@@ -28,6 +29,8 @@ from llmkit.training.stopping import ECHO, SIGNALS
 
 def run_here(config: TrainConfig, run_dir: Path) -> int:
     """Run one config to its end on this terminal; returns the worker's exit code."""
+    if config.hardware.node_rank:
+        return _take_part(config, run_dir)
     if result := finished_result(config, run_dir):
         value = "" if result["objective"] is None else f": {result['objective_name']} {result['objective']:.4g}"
         print(f"{run_dir} holds this run, finished{value}. Nothing to do.")
@@ -41,11 +44,11 @@ def run_here(config: TrainConfig, run_dir: Path) -> int:
         return EXIT_DONE
     if config.launcher.max_parallel is not None:
         print("warning: launcher.max_parallel has no effect on a single run; it is for sweeps (-m).", file=sys.stderr)
-    # One process trains on one device; TRL refuses a process that sees several.
-    gpus = [] if config.hardware.device == "cpu" else _visible_gpus()
-    env = {"CUDA_VISIBLE_DEVICES": gpus[0]} if gpus else {}
+    env = _devices(config, [] if config.hardware.device == "cpu" else _visible_gpus())
     with prepare(config, run_dir) as lock, _forwarded_signals(run_dir / rundir.CONSOLE) as workers:
-        worker = start_worker(run_dir, lock=lock, env=env)
+        for line in _other_machines(config, run_dir):
+            print(line, flush=True)
+        worker = start_worker(config, run_dir, lock=lock, env=env)
         workers.add(worker)
         code = _exit_code(worker.wait(), run_dir, stopped=workers.stopped)
     if code == EXIT_WRONG_INPUT:
@@ -53,14 +56,72 @@ def run_here(config: TrainConfig, run_dir: Path) -> int:
     return code
 
 
+def _take_part(config: TrainConfig, run_dir: Path) -> int:
+    """This machine's part of a run that belongs to another machine, whose directory it leaves to that one."""
+    env = _devices(config, [] if config.hardware.device == "cpu" else _visible_gpus())
+    own = run_dir / rundir.RANKS / f"node-{config.hardware.node_rank}"
+    own.mkdir(parents=True, exist_ok=True)
+    save(config, own)
+    number = (config.hardware.node_rank or 0) + 1
+    print(f"{'machine':<10} {number} of {config.hardware.num_nodes}; logs in {own.parent}", flush=True)
+    with _forwarded_signals(own / rundir.CONSOLE) as workers:
+        worker = start_worker(config, run_dir, env=env)
+        workers.add(worker)
+        code = worker.wait()
+    return code if code >= 0 else EXIT_PREEMPTED if workers.stopped else EXIT_FAILED
+
+
+def _other_machines(config: TrainConfig, run_dir: Path) -> list[str]:
+    """What to type on the other machines of the run."""
+    if config.hardware.num_nodes == 1:
+        return []
+    command = shlex.join(["llmkit", "train", str(run_dir.absolute() / rundir.CONFIG)])
+    return [
+        f"machine {rank + 1} of {config.hardware.num_nodes}: {command} hardware.node_rank={rank} "
+        f"run_dir={run_dir.absolute()}"
+        for rank in range(1, config.hardware.num_nodes)
+    ]
+
+
+def _devices(config: TrainConfig, gpus: Sequence[str]) -> dict[str, str]:
+    """The variables that give a run its GPUs, one for each process; none where there are no GPUs.
+
+    Raises ConfigError if there are fewer.
+    """
+    wanted = config.hardware.num_processes
+    if not gpus:
+        return {}
+    if wanted > len(gpus):
+        raise ConfigError(
+            f"hardware.num_processes={wanted}: there are {len(gpus)} GPUs for it here ({', '.join(gpus)}), "
+            f"one for each process; use at most {len(gpus)}, more machines (hardware.num_nodes=), or hardware=cpu."
+        )
+    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[:wanted])}
+
+
 def start_worker(
-    run_dir: Path, *, lock: IO[str], env: dict[str, str] | None = None, output: IO[Any] | None = None
+    config: TrainConfig,
+    run_dir: Path,
+    *,
+    lock: IO[str] | None = None,
+    env: dict[str, str] | None = None,
+    output: IO[Any] | None = None,
 ) -> subprocess.Popen:
-    """Start `llmkit.worker` on a prepared run directory; it inherits the lock.
+    """Start `llmkit.node` (of one process: `llmkit.worker`) on a prepared run directory; it inherits the lock.
 
     Its own process group, so that Ctrl-C reaches it once, from the driver, and not twice.
     """
-    environment = os.environ | {"LLMKIT_LOCK_FD": str(lock.fileno()), "LLMKIT_DRIVER": str(os.getpid())} | (env or {})
+    hardware = config.hardware
+    environment = os.environ | {"LLMKIT_DRIVER": str(os.getpid())} | (env or {})
+    if lock:
+        environment["LLMKIT_LOCK_FD"] = str(lock.fileno())
+    command = [sys.executable, "-m", "llmkit.worker", str(run_dir)]
+    if hardware.num_processes * hardware.num_nodes > 1:
+        command[2] = "llmkit.node"
+    if hardware.rendezvous and hardware.num_nodes > 1:
+        command += ["--node-rank", str(hardware.node_rank), "--rendezvous", hardware.rendezvous]
+    if hardware.node_rank:
+        command += ["--config", str(run_dir / rundir.RANKS / f"node-{hardware.node_rank}")]
     if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
         # Beside another busy program, libgomp's default (300,000 turns) has threads wait for one another so long that
         # a step takes 15 times as long; 10,000 costs nothing alone.
@@ -69,9 +130,9 @@ def start_worker(
     package_parent = str(Path(sys.modules["llmkit"].__path__[0]).parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH", "")]))
     return subprocess.Popen(
-        [sys.executable, "-m", "llmkit.worker", str(run_dir)],
+        command,
         env=environment,
-        pass_fds=(lock.fileno(),),
+        pass_fds=(lock.fileno(),) if lock else (),
         process_group=0,
         stdin=subprocess.DEVNULL,
         stdout=output,
@@ -147,7 +208,7 @@ class _Running:
     process: subprocess.Popen
     lock: IO[str]
     output: IO[str]
-    device: str | None
+    devices: list[str | None]
 
 
 class LocalLauncher(Launcher):
@@ -195,24 +256,28 @@ def _run_all(sweep: Sweep) -> None:
     slots = devices or [None]
     if first.launcher.max_parallel:
         slots = [slots[i % len(slots)] for i in range(first.launcher.max_parallel)]
+    total = len(slots)
     threads = max(len(os.sched_getaffinity(0)) // len(slots), 1) if not devices else None
     running: list[_Running] = []
     with _forwarded_signals(sweep.directory / rundir.CONSOLE) as workers:
         while running or (waiting and not workers.stopped):
             while waiting and slots and not workers.stopped:
+                wanted = min(waiting[0].config.hardware.num_processes, total) if devices else 1
+                if wanted > len(slots):
+                    break
                 job = waiting.pop(0)
                 try:
-                    running.append(_start(job, slots[0], threads))
+                    running.append(_start(job, slots[:wanted], threads))
                 except ConfigError as error:
                     sweep.fail(job, str(error))
                     continue
-                del slots[0]
+                del slots[:wanted]
                 workers.add(running[-1].process)
                 sweep.record(job, status="running")
             for run in [run for run in running if run.process.poll() is not None]:
                 running.remove(run)
                 workers.remove(run.process)
-                slots.append(run.device)
+                slots += run.devices
                 run.lock.close()
                 run.output.close()
                 _exit_code(run.process.returncode, run.job.run_dir, stopped=workers.stopped)
@@ -220,14 +285,15 @@ def _run_all(sweep: Sweep) -> None:
             time.sleep(0.05)
 
 
-def _start(job: Job, device: str | None, threads: int | None) -> _Running:
+def _start(job: Job, devices: list[str | None], threads: int | None) -> _Running:
+    env = _devices(job.config, [device for device in devices if device is not None])
     lock = prepare(job.config, job.run_dir)
     output = open(job.run_dir / rundir.CONSOLE, "a", encoding="utf-8")  # noqa: SIM115 - closed when the job ends
-    env = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
     if threads and "OMP_NUM_THREADS" not in os.environ:
         # Two jobs with a thread per core each wait for one another at every operation: seen 100 times slower.
         env["OMP_NUM_THREADS"] = str(threads)
-    return _Running(job, start_worker(job.run_dir, lock=lock, env=env, output=output), lock, output, device)
+    worker = start_worker(job.config, job.run_dir, lock=lock, env=env, output=output)
+    return _Running(job, worker, lock, output, devices)
 
 
 def _visible_gpus() -> list[str]:

@@ -240,6 +240,17 @@ class DeepSpeedConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class DistributedConfig:
+    """How several processes share one model where DeepSpeed does not; see torch.distributed."""
+
+    name: str = setting(
+        "ddp", "Each process holds the whole model (ddp), or a part of it (fsdp2, on GPUs).", choices=("ddp", "fsdp2")
+    )
+    reshard_after_forward: bool = setting(True, "Free the parts of other processes after the forward pass too (fsdp2).")
+    cpu_offload: bool = setting(False, "Keep weights, gradients and optimizer state in host memory (fsdp2).")
+
+
+@dataclass(kw_only=True, slots=True)
 class HardwareConfig:
     name: str = setting("auto", "The option of the hardware group.")
     device: str = setting("auto", "Device kind; `auto`: a GPU where there is one.", choices=DEVICES)
@@ -249,6 +260,12 @@ class HardwareConfig:
     price_per_hour: float | None = setting(None, "Price of one device per hour, in your currency.", ge=0)
     num_processes: int = setting(1, "Processes (devices) per node.", ge=1)
     num_nodes: int = setting(1, "Machines.", ge=1)
+    node_rank: int | None = setting(
+        None, "Which of the machines this is, from 0; only where no scheduler starts them (launcher=local).", ge=0
+    )
+    rendezvous: str | None = setting(
+        None, "HOST:PORT on machine 0 where the machines find one another (launcher=local).", text=True
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -417,6 +434,7 @@ class TrainConfig:
     dpo: Any = None
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -436,6 +454,7 @@ GROUPS: dict[str, type] = {
     "method": MethodConfig,
     "precision": PrecisionConfig,
     "deepspeed": DeepSpeedConfig,
+    "distributed": DistributedConfig,
     "hardware": HardwareConfig,
     "training": TrainingConfig,
     "checkpoint": CheckpointConfig,

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from llmkit import config as configuration
 from llmkit.config import TrainConfig
 from llmkit.data.prepare import PreparedData, Split
 from llmkit.errors import ConfigError
@@ -23,8 +22,8 @@ from llmkit.training.console import RunConsole
 from llmkit.training.memory import GIB, capacity, in_units, optimizer_state
 
 
-def complete_config(config: TrainConfig, run_dir: Path) -> tuple[torch.device, Precision]:
-    """Fill in what was left to this machine and to the model's own config, and write config.yaml anew.
+def complete_config(config: TrainConfig) -> tuple[torch.device, Precision]:
+    """Fill in what was left to this machine and to the model's own config.
 
     Returns the device and the precision.
     """
@@ -39,7 +38,6 @@ def complete_config(config: TrainConfig, run_dir: Path) -> tuple[torch.device, P
             setattr(holder, name, value)
             config.derived.append(key)
     config.model.commit = cached_commit(config.model)
-    configuration.save(config, run_dir)
     return device, precision
 
 
@@ -54,12 +52,11 @@ def warn_of_size(config: TrainConfig, precision: Precision, device: torch.device
         )
 
 
-def settle_gradient_checkpointing(config: TrainConfig, model: nn.Module, run_dir: Path) -> None:
+def settle_gradient_checkpointing(config: TrainConfig, model: nn.Module) -> None:
     """Where it is left open: on for large models, whose size is known only now."""
     if config.training.gradient_checkpointing is None:
         config.training.gradient_checkpointing = count_parameters(model)[1] >= CHECKPOINTING_FROM_PARAMETERS
         config.derived.append("training.gradient_checkpointing")
-        configuration.save(config, run_dir)
 
 
 def learn_to_stop(model: Any, tokenizer: PreTrainedTokenizerBase, train: Split) -> None:

@@ -38,6 +38,7 @@ class RunMixin:
     _globalstep_last_logged: int
     _total_train_tokens: int
     _metrics: dict[str, Any]
+    model_wrapped: Any
     processing_class: Any
     accelerator: Any
     control: Any
@@ -55,6 +56,17 @@ class RunMixin:
         self.writer = CheckpointWriter(run_dir, keep=1, warn=print)
         self._evaluated = torch.zeros(2)  # summed loss and items of the evaluation under way
         super().__init__(*args, **kwargs)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Have the model put into its engine, whatever has been done with it before.
+
+        Upstream leaves a model alone that an earlier evaluation has prepared: each rank would then train for itself
+        (transformers 5.19, accelerate 1.15).
+        """
+        if self.args.world_size > 1:
+            self.model = self.model_wrapped = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            vars(self.model).pop("_is_accelerate_prepared", None)
+        return super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Remember the step's micro-batches until its gradient is known to be finite."""
@@ -122,8 +134,7 @@ class RunMixin:
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Evaluate one batch, and count what its mean stands for."""
-        asked = self.stop.signal is not None and self.may_stop()
-        if any_rank(asked, device=self.args.device)[0]:
+        if all(any_rank(self.stop.signal is not None, self.may_stop(), device=self.args.device)):
             raise EvaluationStopped
         output = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         items = self.count_items(inputs).to(output[0].device)

@@ -58,12 +58,23 @@ def test_an_unknown_optimizer_names_the_nearest():
 def test_deepspeed_settings_become_its_own_config():
     offload = DeepSpeedConfig(name="zero3_offload", stage=3, offload_optimizer="cpu", offload_param="cpu")
 
-    given = deepspeed_dict(offload)
+    given = deepspeed_dict(offload, TrainingConfig())
 
     assert given is not None
+    assert given["optimizer"]["type"] == "AdamW"  # DeepSpeed's own, for state in host memory
     assert given["zero_optimization"]["stage"] == 3
     assert given["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": True}
-    assert deepspeed_dict(DeepSpeedConfig()) is None
+    assert deepspeed_dict(DeepSpeedConfig(), TrainingConfig()) is None
+
+
+def test_an_optimizer_that_deepspeed_lacks_on_the_host_is_allowed_there():
+    offload = DeepSpeedConfig(name="zero2", stage=2, offload_optimizer="cpu")
+
+    given = deepspeed_dict(offload, TrainingConfig(optim="adafactor"))
+
+    assert given is not None
+    assert given["zero_force_ds_cpu_optimizer"] is False
+    assert "optimizer" not in given
 
 
 @pytest.mark.filterwarnings("ignore")

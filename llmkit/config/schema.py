@@ -296,7 +296,7 @@ class TrainingConfig:
     global_batch_size: int | None = setting(
         None, "Examples per optimizer step over all devices; unset: 16, or what the two keys below make.", ge=1
     )
-    per_device_train_batch_size: int | None = setting(None, "Examples per device at a time (micro-batch).", ge=1)
+    per_device_train_batch_size: int | None = setting(None, "Examples per device and micro-batch, on average.", ge=1)
     gradient_accumulation_steps: int | None = setting(None, "Micro-batches per optimizer step.", ge=1)
     per_device_eval_batch_size: int | None = setting(
         None, "As above, in evaluation; unset: twice the micro-batch.", ge=1

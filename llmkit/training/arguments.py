@@ -165,13 +165,11 @@ def _host_optimizer(config: DeepSpeedConfig, training: TrainingConfig) -> dict[s
 
 
 def total_steps(training: TrainingConfig, examples: int) -> int:
-    """Optimizer steps of the run on one device, as Transformers counts them."""
+    """Optimizer steps of the run on all its devices, as Transformers counts them."""
     return training.max_steps or math.ceil(training.num_train_epochs * steps_per_pass(training, examples))
 
 
 def steps_per_pass(training: TrainingConfig, examples: int) -> int:
     """Optimizer steps of one pass over the data; the last may have fewer examples."""
-    assert training.per_device_train_batch_size
-    assert training.gradient_accumulation_steps
-    micro_batches = math.ceil(examples / training.per_device_train_batch_size)
-    return max(math.ceil(micro_batches / training.gradient_accumulation_steps), 1)
+    assert training.global_batch_size
+    return max(math.ceil(examples / training.global_batch_size), 1)

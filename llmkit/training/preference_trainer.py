@@ -18,6 +18,8 @@ from llmkit.model.methods import trained_weights_kept
 from llmkit.training.console import RunConsole
 from llmkit.training.memory import in_units
 from llmkit.training.preferences import batches, evaluating
+from llmkit.training.rank_batches import Blank
+from llmkit.training.ranks import gathering_uneven, of_each_rank
 from llmkit.training.reference import (
     ADAPTER,
     REFERENCE,
@@ -121,15 +123,19 @@ class PreferenceTrainer(RunMixin, DPOTrainer):
         return dataset  # it is
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> int:
-        return sum(map(pairs_of, batch_samples))
+        return sum(of_each_rank(sum(map(pairs_of, batch_samples)), device=device))
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """The mean over the batch's pairs; in training its part of the mean over all pairs of the step."""
-        loss = super().compute_loss(model, inputs, return_outputs)
-        self._pairs["train" if self.model.training else "eval"].append(pairs_of(inputs))
-        return loss if num_items_in_batch is None else loss * pairs_of(inputs) / num_items_in_batch
+        counts = of_each_rank(pairs_of(inputs), device=self.args.device)
+        with gathering_uneven(self.accelerator, counts):
+            loss = super().compute_loss(model, inputs, return_outputs)
+        self._pairs["train" if self.model.training else "eval"].append(sum(counts))
+        if num_items_in_batch is None:
+            return loss
+        return loss * pairs_of(inputs) * len(counts) / num_items_in_batch  # gradients are averaged over ranks
 
     def count_items(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """An evaluation's loss is the mean over pairs."""
@@ -165,8 +171,8 @@ class PreferenceTrainer(RunMixin, DPOTrainer):
 
 
 def pairs_of(inputs: dict[str, torch.Tensor]) -> int:
-    """The pairs of a batch, which holds all chosen sides and then all rejected ones."""
-    return len(inputs["input_ids"]) // 2
+    """The pairs of a batch, which holds all chosen sides and then all rejected ones; none of a blank one."""
+    return 0 if isinstance(inputs, Blank) else len(inputs["input_ids"]) // 2
 
 
 def tell_precomputed(console: RunConsole, stop: StopRequest) -> Callable[[str, int, int], None]:

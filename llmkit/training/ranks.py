@@ -6,7 +6,8 @@ Without a process group all of this is for free, and every call does what it say
 import dataclasses
 import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -61,11 +62,6 @@ def any_rank(*flags: bool, device: torch.device) -> list[bool]:
     return [bool(flag) for flag in together.tolist()]
 
 
-def most(value: int) -> int:
-    """The largest value of any rank."""
-    return max(gathered(value))
-
-
 def gathered(value: T) -> list[T]:
     """The value of every rank, in their order."""
     if not _together():
@@ -73,6 +69,43 @@ def gathered(value: T) -> list[T]:
     values: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(values, value, group=_control)
     return values
+
+
+def of_each_rank(count: int, *, device: torch.device) -> list[int]:
+    """The counts of all ranks, in their order."""
+    if not _together():
+        return [count]
+    counts = torch.zeros(distributed.get_world_size(), dtype=torch.int64, device=device)
+    counts[distributed.get_rank()] = count
+    distributed.all_reduce(counts)
+    return counts.tolist()
+
+
+@contextmanager
+def gathering_uneven(accelerator: Any, counts: list[int]) -> Iterator[None]:
+    """Within the block `accelerator.gather` takes one value, or `counts[rank]` of them, from each rank.
+
+    Otherwise all have to give as many (accelerate 1.15). What a rank with a count of 0 gives counts as zero.
+    """
+    if len(counts) == 1:
+        yield
+        return
+    gather, own = accelerator.gather, counts[accelerator.process_index]
+
+    def gather_uneven(values: torch.Tensor) -> torch.Tensor:
+        if not own:
+            values = torch.zeros_like(values)
+        if values.ndim == 0:
+            return gather(values)
+        even = torch.nn.functional.pad(values, (0, max(counts) - len(values)))
+        rows = gather(even).view(len(counts), -1)
+        return torch.cat([row[:count] for row, count in zip(rows, counts, strict=True)])
+
+    accelerator.gather = gather_uneven
+    try:
+        yield
+    finally:
+        del accelerator.gather
 
 
 def spread(tensor: torch.Tensor) -> None:

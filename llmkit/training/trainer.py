@@ -6,14 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate.utils import gather_object
+from torch.utils.data import DataLoader, Sampler
 
 from llmkit import rundir
 from llmkit.data.encoding.batches import IGNORED
 from llmkit.errors import NonFiniteError, Stopped
 from llmkit.training.checkpoints.contents import collect, load_weights, state_files
 from llmkit.training.checkpoints.saving import CheckpointWriter
+from llmkit.training.longest_batch import row_lengths
+from llmkit.training.rank_batches import Blank, EvaluationBatches, StepBatches, rank_loader
 from llmkit.training.ranks import any_rank
 from llmkit.training.stopping import StopRequest
 
@@ -32,6 +36,9 @@ class RunMixin:
     model: Any
     state: Any
     args: Any
+    train_dataset: Any
+    eval_dataset: Any
+    data_collator: Any
     is_deepspeed_enabled: bool
     _tr_loss: torch.Tensor
     _total_loss_scalar: float
@@ -54,8 +61,40 @@ class RunMixin:
         self.evaluation_pending = False  # whether the last step was to be evaluated and has not been
         self.may_stop: Callable[[], bool] = lambda: True  # whether a request to stop may end an evaluation now
         self.writer = CheckpointWriter(run_dir, keep=1, warn=print)
-        self._evaluated = torch.zeros(2)  # summed loss and items of the evaluation under way
+        self._evaluated = torch.zeros(2, dtype=torch.float64)  # summed loss and items of the evaluation under way
         super().__init__(*args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """This rank's rows of each step: see StepBatches."""
+        batches = StepBatches(
+            row_lengths(self.train_dataset),
+            micro_batch=self.args.train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            seed=self.args.data_seed,
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+        )
+        return self._rank_loader(self.train_dataset, batches)
+
+    def get_eval_dataloader(self, eval_dataset: datasets.Dataset | None = None) -> DataLoader:
+        """This rank's rows of an evaluation: see EvaluationBatches."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        batches = EvaluationBatches(
+            row_lengths(dataset),
+            batch_size=self.args.eval_batch_size,
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+        )
+        return self._rank_loader(dataset, batches)
+
+    def _rank_loader(self, dataset: datasets.Dataset, batches: Sampler[list[int]]) -> DataLoader:
+        return rank_loader(
+            self._remove_unused_columns(dataset),  # type: ignore[attr-defined]
+            batches,
+            self.data_collator,
+            device=self.accelerator.device,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Have the model put into its engine, whatever has been done with it before.
@@ -115,6 +154,11 @@ class RunMixin:
             "training.max_grad_norm, or precision=fp32; and look at the batch."
         )
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if isinstance(inputs, Blank):
+            inputs = inputs | {"attention_mask": torch.zeros(1)}
+        super()._track_num_input_tokens(inputs)  # type: ignore[misc]
+
     def count_items(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """How many items a batch's loss is the mean over: its learnt tokens."""
         return (labels_of(inputs)[..., 1:] != IGNORED).sum()
@@ -146,7 +190,7 @@ class RunMixin:
 
         Upstream averages the means of batches, so its evaluation loss depends on the batch size (transformers 5.19).
         """
-        self._evaluated = torch.zeros(2, device=self.args.device)
+        self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
         total, items = self.accelerator.reduce(self._evaluated, "sum")
         if items:

@@ -106,3 +106,11 @@ def test_the_number_of_steps_is_known_before_training(settings, examples, steps)
     resolve_batch(training, devices=1)
 
     assert total_steps(training, examples) == steps
+
+
+@pytest.mark.parametrize(("examples", "steps"), [(16, 2), (17, 4), (21, 4), (3, 2)])
+def test_steps_are_those_of_all_devices_together(examples, steps):
+    training = TrainingConfig(num_train_epochs=2.0, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    resolve_batch(training, devices=2)
+
+    assert total_steps(training, examples) == steps

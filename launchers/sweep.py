@@ -4,7 +4,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -25,7 +25,7 @@ MAXIMIZED = {name for names in FIGURES_OF_RECIPE.values() for name in names}
 
 @dataclass(kw_only=True)
 class Job:
-    """One run of a sweep. `status` is waiting, running, or one of result.json's."""
+    """One run of a sweep. `status` is waiting, queued (on a cluster), running, or one of result.json's."""
 
     overrides: list[str]
     run_dir: Path
@@ -51,10 +51,21 @@ class Sweep:
     earlier: list[dict[str, Any]]
 
     @classmethod
-    def plan(cls, directory: Path, overrides: Sequence[Sequence[str]], configs: Sequence[TrainConfig]) -> "Sweep":
+    def plan(
+        cls,
+        directory: Path,
+        overrides: Sequence[Sequence[str]],
+        configs: Sequence[TrainConfig],
+        *,
+        ready: Callable[[list[TrainConfig]], None] | None = None,
+    ) -> "Sweep":
         """Check all jobs before any starts; a job that has finished already is kept.
 
-        Raises ConfigError with the problems of all jobs.
+        Args:
+            ready: checks those that are to run once more, where they are to run.
+
+        Raises:
+            ConfigError: with the problems of all jobs.
         """
         if (directory / rundir.CONFIG).exists():
             raise ConfigError(f"{directory} holds a single run; choose another name= for a sweep.")
@@ -94,6 +105,8 @@ class Sweep:
             )
         for warning in dict.fromkeys(text for job in jobs for text in warnings(job.config)):
             print(f"warning: {warning}", file=sys.stderr)
+        if ready is not None and (left := [job.config for job in jobs if job.status == "waiting"]):
+            ready(left)
         known = rundir.read_json(directory / rundir.SWEEP) or {"jobs": []}
         ours = {str(job.run_dir) for job in jobs}
         sweep = cls(directory, configs[0].objective, jobs, [j for j in known["jobs"] if j["run_dir"] not in ours])
@@ -115,17 +128,31 @@ class Sweep:
         self.write()
         print(f"start   {job.run_dir.name}   (log: {job.run_dir / 'console.log'})", flush=True)
 
+    def note(self, job: Job, *, status: str, detail: str) -> None:
+        """Note that a job on a cluster is queued or runs, and where."""
+        job.status = status
+        if status == "running":
+            job.started = time.monotonic()
+        self.write()
+        print(f"{status:<7} {job.run_dir.name}   {detail}", flush=True)
+
     def fail(self, job: Job, reason: str) -> None:
         """Note that a job could not be started."""
         job.status, job.error = "failed", reason
         self.write()
         print(f"failed  {job.run_dir.name}: {reason}", flush=True)
 
-    def collect(self, job: Job) -> None:
-        """Note how a job ended, from its result.json."""
+    def collect(self, job: Job, *, ended: str = "") -> None:
+        """Note how a job ended, from its result.json.
+
+        Args:
+            ended: what a scheduler says of its end.
+        """
         result = rundir.read_result(job.run_dir)
         if result is None:
-            job.status, job.error = "failed", f"its process ended without a result; see {job.run_dir / 'console.log'}"
+            said = f" ({ended})" if ended else ""
+            job.status = "failed"
+            job.error = f"its process ended without a result{said}; see {job.run_dir / 'console.log'}"
         else:
             job.status, job.objective, job.error = result["status"], result.get("objective"), result.get("error")
         self.write()
@@ -147,9 +174,9 @@ class Sweep:
         plot(self)
 
     def exit_code(self) -> int:
-        """0 if all jobs are completed; 75 if some were stopped; 1 if any failed."""
+        """0 if all jobs are completed or go on without us; 75 if some were stopped; 1 if any failed."""
         statuses = {job.status for job in self.jobs_of_this_command}
-        if statuses <= {"completed"}:
+        if statuses <= {"completed", "queued", "running"}:
             return EXIT_DONE
         return EXIT_FAILED if "failed" in statuses else EXIT_PREEMPTED  # preempted, stopped, or never started
 

@@ -24,6 +24,7 @@ PROBE = "probe.json"  # what a server of the model must reproduce
 BEST_WEIGHTS = ".best.safetensors"  # while the run goes on with training.final=best
 NON_FINITE_BATCH = "nonfinite_batch.json"
 SWEEP = "sweep.json"
+JOB = "job.json"  # who runs it: see launchers/job_record.py
 FILES = "files.json"  # of a copy elsewhere: what it holds, written last
 LOCK = ".lock"
 
@@ -91,7 +92,7 @@ def write_result(run_dir: Path, **known: Any) -> None:
 
 def discard_unused(run_dir: Path) -> None:
     """Remove a run directory in which nothing was trained: wrong input should leave nothing behind."""
-    if {path.name for path in run_dir.iterdir()} <= {CONFIG, RESULT, LOCK}:
+    if {path.name for path in run_dir.iterdir()} <= {CONFIG, RESULT, LOCK, JOB}:
         shutil.rmtree(run_dir, ignore_errors=True)
 
 

@@ -81,7 +81,7 @@ def sums(count: int) -> list[dict[str, Any]]:
     ]
 
 
-class LocalLauncher(Launcher):
+class SweepLauncher(Launcher):
     """Collects the configs of a sweep instead of running them."""
 
     composed: ClassVar[list[Any]] = []
@@ -104,13 +104,13 @@ def compose() -> Callable[..., Any]:
     from llmkit.config.registration import register
     from llmkit.errors import ConfigError
 
-    composed = LocalLauncher.composed
+    composed = SweepLauncher.composed
 
     def make(*words: str | Path) -> Any:
         composed.clear()
         arguments = parse_arguments(list(map(str, words)))
         if arguments.multirun or arguments.switches:
-            run_composed("train", composed.append, arguments, {"LocalLauncher": LocalLauncher})
+            run_composed("train", composed.append, arguments, {"SweepLauncher": SweepLauncher})
         else:  # the same in half the time: hydra.main composes everything twice
             register()
             if problems := check_overrides(arguments.overrides, multirun=False):

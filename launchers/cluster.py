@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llmkit import rundir
-from llmkit.config import TrainConfig
+from llmkit.config import TrainConfig, load
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError, LlmkitError
 from llmkit.launchers.job_record import ENDED, QUEUED, RUNNING, JobRecord, now
 from llmkit.launchers.prepare import is_finished, prepare
@@ -78,6 +78,9 @@ def ready(configs: Sequence[TrainConfig]) -> None:
 
     Runs of a sweep that are queued already have been checked.
     """
+    for config in configs:
+        if config.run_dir:
+            refuse_held_elsewhere(config, Path(config.run_dir))
     configs = [config for config in configs if not _is_handed_over(config)]
     for launcher in {repr(config.launcher): config for config in configs}.values():
         connect(launcher.launcher).check(launcher)
@@ -91,6 +94,7 @@ def run_there(config: TrainConfig, run_dir: Path) -> int:
     """Queue one run, or attach to its job, and follow it; returns the exit code of the contract."""
     if is_finished(config, run_dir):
         return EXIT_DONE
+    refuse_held_elsewhere(config, run_dir)
     scheduler = connect(config.launcher)
     record = at_work(scheduler, run_dir)
     if record is not None:
@@ -142,9 +146,23 @@ def follow_sweep(sweep: Sweep) -> None:
     sweep.finish()
 
 
+def refuse_held_elsewhere(config: TrainConfig, run_dir: Path) -> None:
+    """Raise ConfigError if a job of another launcher than the config's is queued or running for a run."""
+    record = JobRecord.read(run_dir)
+    if record is None or record.launcher not in SCHEDULERS or record.launcher == config.launcher.name:
+        return  # what runs on this machine holds the directory's lock
+    with contextlib.suppress(LlmkitError):  # where it cannot be asked, it may be at work
+        if record.state == ENDED or at_work(connect(load(run_dir).launcher), run_dir) is None:
+            return
+    raise ConfigError(
+        f"{run_dir} is in the hands of {record.launcher} (job {record.job_id}): launcher={record.launcher} follows it, "
+        f"llmkit jobs cancel {run_dir} ends it."
+    )
+
+
 def _is_handed_over(config: TrainConfig) -> bool:
     record = JobRecord.read(Path(config.run_dir)) if config.run_dir else None
-    return record is not None and record.state != ENDED
+    return record is not None and record.launcher in SCHEDULERS and record.state != ENDED
 
 
 def _wants_preflight(config: TrainConfig) -> bool:
@@ -154,7 +172,7 @@ def _wants_preflight(config: TrainConfig) -> bool:
 def at_work(scheduler: Scheduler, run_dir: Path) -> JobRecord | None:
     """The job that is queued or running for a run; None if there is none. Its state is the scheduler's."""
     record = JobRecord.read(run_dir)
-    if record is None or record.state == ENDED:
+    if record is None or record.launcher not in SCHEDULERS or record.state == ENDED:
         return None
     seen = scheduler.seen([record.job_id]).get(record.job_id)
     if seen is None or seen.state == ENDED:
@@ -202,7 +220,9 @@ def changes(
 def judged(record: JobRecord, told: Seen | None) -> Seen:
     """What a job's record and its scheduler say together; `told` is None where the scheduler does not know the job."""
     if record.state == ENDED:
-        return Seen(state=ENDED, detail=told.detail if told is not None and told.state == ENDED else "")
+        return Seen(
+            state=ENDED, detail=record.ended or (told.detail if told is not None and told.state == ENDED else "")
+        )
     if told is None:
         return Seen(state=ENDED, detail="its scheduler no longer knows it")
     if told.state == QUEUED and record.state == RUNNING:

@@ -13,6 +13,7 @@ from typing import Self
 from llmkit import rundir
 
 QUEUED, RUNNING, ENDED = "queued", "running", "ended"
+CANCELLED = "cancelled before it started"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,7 +28,9 @@ class JobRecord:
     process: int | None = None  # the process on that host
     starts: int = 0
     fruitless: int = 0  # starts in a row that ended before another checkpoint was made
+    device: str | None = None  # the GPUs it works on, how busy and how full, where NVML says
     exit_code: int | None = None
+    ended: str = ""  # how, where the job itself could not say
     log: str | None = None  # what the scheduler keeps of the job's own words, beside console.log
 
     def write(self, run_dir: Path) -> None:

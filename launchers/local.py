@@ -15,6 +15,7 @@ from llmkit import rundir
 from llmkit.config import TrainConfig
 from llmkit.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_WRONG_INPUT, ConfigError
 from llmkit.hangup import keep_output
+from llmkit.launchers.job_record import RUNNING, JobRecord, now
 from llmkit.launchers.prepare import is_finished, prepare
 from llmkit.launchers.sweep import Job, Sweep
 from llmkit.training.checkpoints.manifest import latest
@@ -32,6 +33,7 @@ def run_here(config: TrainConfig, run_dir: Path) -> int:
     env = {"CUDA_VISIBLE_DEVICES": gpus[0]} if gpus else {}
     with prepare(config, run_dir) as lock, _forwarded_signals(run_dir / rundir.CONSOLE) as workers:
         worker = start_worker(run_dir, lock=lock, env=env)
+        _record(run_dir, worker)
         workers.add(worker)
         code = _exit_code(worker.wait(), run_dir, stopped=workers.stopped)
     if code == EXIT_WRONG_INPUT:
@@ -187,7 +189,16 @@ def _start(job: Job, device: str | None, threads: int | None) -> _Running:
     if threads and "OMP_NUM_THREADS" not in os.environ:
         # Two jobs with a thread per core each wait for one another at every operation: seen 100 times slower.
         env["OMP_NUM_THREADS"] = str(threads)
-    return _Running(job, start_worker(job.run_dir, lock=lock, env=env, output=output), lock, output, device)
+    worker = start_worker(job.run_dir, lock=lock, env=env, output=output)
+    _record(job.run_dir, worker)
+    return _Running(job, worker, lock, output, device)
+
+
+def _record(run_dir: Path, worker: subprocess.Popen) -> None:
+    """Write down who runs it, for `llmkit jobs`; whether it still does, the directory's lock tells."""
+    job_id, host = str(worker.pid), rundir.host()
+    record = JobRecord(launcher="local", job_id=job_id, state=RUNNING, submitted=now(), host=host, process=worker.pid)
+    record.write(run_dir)
 
 
 def _visible_gpus() -> list[str]:

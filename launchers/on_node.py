@@ -16,6 +16,7 @@ from typing import Any
 
 from llmkit import rundir
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
+from llmkit.launchers.devices import devices_of
 from llmkit.launchers.job_record import ENDED, QUEUED, RUNNING, JobRecord
 from llmkit.launchers.local import worker_environment
 from llmkit.training.checkpoints.manifest import latest
@@ -24,6 +25,7 @@ from llmkit.training.stopping import SIGNALS
 # Whoever started the job holds the run directory's lock until job.json is written; and where a node was given up by the
 # scheduler, what it ran there may need this long to be ended.
 PATIENCE = 600.0  # seconds
+SECONDS_PER_SAMPLE = 10.0  # between two looks at the GPUs
 # A run that is preempted again and again before it has made another checkpoint would never end.
 MOST_FRUITLESS = 3
 
@@ -75,12 +77,16 @@ class _Job:
         self._wait_for_the_directory()
         record = JobRecord.read(self.run_dir)
         assert record is not None, "the driver writes it before it lets go of the lock"
+        if (rundir.read_result(self.run_dir) or {}).get("status") == "completed":
+            record.state, record.exit_code = ENDED, EXIT_DONE  # on a node that had been given up
+            record.write(self.run_dir)
+            return EXIT_DONE
         record.state, record.host, record.process = RUNNING, self.place.host or os.uname().nodename, os.getpid()
         record.starts, record.exit_code = record.starts + 1, None
         (self.run_dir / rundir.RESULT).unlink(missing_ok=True)  # of the start before
         record.write(self.run_dir)
         before = latest(self.run_dir)
-        code = self._run()
+        code = self._run(record)
         record.fruitless = record.fruitless + 1 if latest(self.run_dir) == before else 0
         if code == EXIT_PREEMPTED and record.fruitless < MOST_FRUITLESS:
             record.state = QUEUED
@@ -91,7 +97,7 @@ class _Job:
         record.write(self.run_dir)
         return code
 
-    def _run(self) -> int:
+    def _run(self, record: JobRecord | None = None) -> int:
         if self.asked is not None:
             return EXIT_PREEMPTED
         name = Path(rundir.CONSOLE)
@@ -107,8 +113,19 @@ class _Job:
             )
             if self.asked is not None:  # while it was being started
                 self.child.send_signal(self.asked)
-            code = self.child.wait()
+            code = self._wait(record)
         return self._killed(-code) if code < 0 else code
+
+    def _wait(self, record: JobRecord | None) -> int:
+        """Wait for the run; where it works on GPUs, its record says now and then how busy and how full they are."""
+        assert self.child is not None
+        while True:
+            try:
+                return self.child.wait(timeout=SECONDS_PER_SAMPLE)
+            except subprocess.TimeoutExpired:
+                if record is not None and (device := devices_of(self.child.pid)):
+                    record.device = device
+                    record.write(self.run_dir)
 
     def _killed(self, number: int) -> int:
         """The run was ended by a signal and could say nothing itself."""

@@ -20,6 +20,7 @@ from llmkit.launchers.sweep import Sweep
 def start_run(config: TrainConfig, run_dir: Path) -> int:
     """Start one run and see it to its end; returns the exit code of the contract."""
     if config.launcher.name == "local":
+        cluster.refuse_held_elsewhere(config, run_dir)
         return local.run_here(config, run_dir)
     return cluster.run_there(config, run_dir)
 
@@ -50,6 +51,12 @@ class SweepLauncher(Launcher):
         return returns
 
 
+def _not_held(configs: Sequence[TrainConfig]) -> None:
+    for config in configs:
+        assert config.run_dir, "a sweep gives each job its directory"
+        cluster.refuse_held_elsewhere(config, Path(config.run_dir))
+
+
 def _run_sweep(directory: Path, overrides: Sequence[Sequence[str]], configs: Sequence[TrainConfig]) -> Sweep:
     names = {config.launcher.name for config in configs}
     if len(names) > 1:
@@ -57,7 +64,7 @@ def _run_sweep(directory: Path, overrides: Sequence[Sequence[str]], configs: Seq
     here = names == {"local"}
     with rundir.lock(directory):
         try:
-            sweep = Sweep.plan(directory, overrides, configs, ready=None if here else cluster.ready)
+            sweep = Sweep.plan(directory, overrides, configs, ready=_not_held if here else cluster.ready)
         except LlmkitError:
             (directory / rundir.LOCK).unlink()
             with contextlib.suppress(OSError):  # not empty: what is there is somebody's

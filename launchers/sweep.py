@@ -5,7 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from llmkit import rundir
-from llmkit.config import TrainConfig, validate, warnings
+from llmkit.config import TrainConfig, load, validate, warnings
 from llmkit.config.resolve import use_absolute_paths
 from llmkit.config.schema import FIGURES_OF_RECIPE
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError
@@ -33,7 +33,7 @@ class Job:
     status: str = "waiting"
     objective: float | None = None
     error: str | None = None
-    started: float = field(default_factory=time.monotonic)
+    started: float | None = None  # on this process's clock, if it saw the start
 
     def record(self) -> dict[str, Any]:
         """The job as sweep.json shows it."""
@@ -57,7 +57,7 @@ class Sweep:
         overrides: Sequence[Sequence[str]],
         configs: Sequence[TrainConfig],
         *,
-        ready: Callable[[list[TrainConfig]], None] | None = None,
+        ready: Callable[[list[TrainConfig]], None],
     ) -> "Sweep":
         """Check all jobs before any starts; a job that has finished already is kept.
 
@@ -105,7 +105,7 @@ class Sweep:
             )
         for warning in dict.fromkeys(text for job in jobs for text in warnings(job.config)):
             print(f"warning: {warning}", file=sys.stderr)
-        if ready is not None and (left := [job.config for job in jobs if job.status == "waiting"]):
+        if left := [job.config for job in jobs if job.status == "waiting"]:
             ready(left)
         known = rundir.read_json(directory / rundir.SWEEP) or {"jobs": []}
         ours = {str(job.run_dir) for job in jobs}
@@ -116,6 +116,19 @@ class Sweep:
         kept = f"; {len(jobs) - waiting} finished before and are kept" if waiting < len(jobs) else ""
         print(f"sweep   {directory}: {waiting} job{'s' if waiting != 1 else ''} to run{kept}", flush=True)
         return sweep
+
+    @classmethod
+    def reopen(cls, directory: Path) -> "Sweep":
+        """A sweep as its sweep.json says, all of its jobs; one that was never made ready has no config of its own."""
+        known = rundir.read_json(directory / rundir.SWEEP)
+        assert known is not None, directory
+        jobs = []
+        for one in known["jobs"]:
+            run_dir = directory / Path(one["run_dir"]).name  # as seen from here; it was written elsewhere
+            config = load(run_dir) if (run_dir / rundir.CONFIG).exists() else TrainConfig()
+            shown = {key: one[key] for key in ("overrides", "status", "objective", "error")}
+            jobs.append(Job(run_dir=run_dir, config=config, **shown))
+        return cls(directory, known["objective"], jobs, [])
 
     def write(self) -> None:
         """Write sweep.json as things stand."""
@@ -149,7 +162,9 @@ class Sweep:
             ended: what a scheduler says of its end.
         """
         result = rundir.read_result(job.run_dir)
-        if result is None:
+        if result is None and ended.lower().startswith("cancelled"):
+            job.status, job.error = "stopped", ended
+        elif result is None:
             said = f" ({ended})" if ended else ""
             job.status = "failed"
             job.error = f"its process ended without a result{said}; see {job.run_dir / 'console.log'}"
@@ -158,7 +173,8 @@ class Sweep:
         self.write()
         reason = f": {job.error.splitlines()[0]}" if job.error else ""
         value = "" if job.objective is None else f"   {self.objective} {job.objective:.4g}"
-        print(f"{job.status:<7} {job.run_dir.name}{value}   {time.monotonic() - job.started:.0f} s{reason}", flush=True)
+        took = "" if job.started is None else f"   {time.monotonic() - job.started:.0f} s"
+        print(f"{job.status:<7} {job.run_dir.name}{value}{took}{reason}", flush=True)
 
     def ranked(self) -> list[Job]:
         """Jobs with a finite objective, the best first."""

@@ -108,6 +108,18 @@ def is_locked(run_dir: Path) -> bool:
     return False
 
 
+def lock_holder(run_dir: Path) -> int | None:
+    """The process of this machine that writes to the run directory; None if there is none, or it is elsewhere."""
+    words = (run_dir / LOCK).read_text(encoding="utf-8").split() if is_locked(run_dir) else []
+    here = len(words) == 4 and words[3] == host() and words[1].isdecimal()  # as `lock` writes it
+    return int(words[1]) if here else None
+
+
+def host() -> str:
+    """The name of this machine, as locks and job records say it."""
+    return os.uname().nodename
+
+
 def lock(run_dir: Path) -> IO[str]:
     """Become the one writer of `run_dir`; the lock ends when the returned file (and its copies in children) close.
 
@@ -127,6 +139,6 @@ def lock(run_dir: Path) -> IO[str]:
         raise ConfigError(f"{run_dir} is in use by {holder}; wait for it, stop it, or choose another name=.") from None
     file.seek(0)
     file.truncate()
-    file.write(f"process {os.getpid()} on {os.uname().nodename}")
+    file.write(f"process {os.getpid()} on {host()}")
     file.flush()
     return file

@@ -13,6 +13,7 @@ import hydra
 import pytest
 from hydra.plugins.launcher import Launcher
 from s3_server import s3_server, s3_url  # noqa: F401 - fixtures for all tests
+from slurm_cluster import slurm  # noqa: F401 - a fixture for all tests
 
 # Read when torch is loaded, here and in children. Idle OpenMP threads spin by default: two test processes that train
 # side by side on two cores then take ten times as long as one.

@@ -45,7 +45,9 @@ class SlurmLauncherConfig(ClusterLauncherConfig):
     signal_delay_s: int = setting(
         120, "Seconds before the time limit at which a run is told to save and is queued again.", ge=10, le=65535
     )
-    setup: list[str] = setting([], "Shell lines before the run: [module load cuda, source env/bin/activate].")
+    setup: list[str] = setting(
+        [], "Shell lines before the run: [module load cuda, source env/bin/activate].", text=True
+    )
     python: str | None = setting(
         None, "Command that is Python on the nodes, with llmkit and submitit; unset: this one's own path."
     )
@@ -53,7 +55,9 @@ class SlurmLauncherConfig(ClusterLauncherConfig):
     container_runtime: str = setting(
         "apptainer", "What starts the container.", choices=("apptainer", "singularity", "pyxis")
     )
-    container_args: list[str] = setting([], "More arguments of the container runtime: [--bind, /data:/data].")
+    container_args: list[str] = setting(
+        [], "More arguments of the container runtime: [--bind, /data:/data].", text=True
+    )
     additional_parameters: dict[str, Any] = setting({}, "Other options of sbatch by their names: {mail-type: END}.")
 
 

@@ -10,18 +10,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, ClassVar
-
-from hydra.core.utils import JobReturn, JobStatus
-from hydra.plugins.launcher import Launcher
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from typing import IO, Any
 
 from llmkit import rundir
-from llmkit.config import TrainConfig, resolve, save
+from llmkit.config import TrainConfig, save
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_WRONG_INPUT, ConfigError
 from llmkit.hangup import keep_output
-from llmkit.launchers.prepare import changed_since, finished_elsewhere, finished_result, prepare, send_what_is_missing
+from llmkit.launchers.job_record import RUNNING, JobRecord, now
+from llmkit.launchers.prepare import is_finished, prepare
 from llmkit.launchers.sweep import Job, Sweep
 from llmkit.training.checkpoints.manifest import latest
 from llmkit.training.stopping import ECHO, SIGNALS
@@ -31,16 +27,7 @@ def run_here(config: TrainConfig, run_dir: Path) -> int:
     """Run one config to its end on this terminal; returns the worker's exit code."""
     if config.hardware.node_rank:
         return _take_part(config, run_dir)
-    if result := finished_result(config, run_dir):
-        value = "" if result["objective"] is None else f": {result['objective_name']} {result['objective']:.4g}"
-        print(f"{run_dir} holds this run, finished{value}. Nothing to do.")
-        if changed_since(config.data.path, run_dir / rundir.RESULT):
-            print(f"warning: {config.data.path} has changed since; another name= trains on it.", file=sys.stderr)
-        send_what_is_missing(config, run_dir)
-        return EXIT_DONE
-    if elsewhere := finished_elsewhere(config, run_dir):
-        there, _ = elsewhere
-        print(f"{there} holds this run, finished; its model is in {there}/{rundir.FINAL}. Nothing to do.")
+    if is_finished(config, run_dir):
         return EXIT_DONE
     if config.launcher.max_parallel is not None:
         print("warning: launcher.max_parallel has no effect on a single run; it is for sweeps (-m).", file=sys.stderr)
@@ -49,6 +36,7 @@ def run_here(config: TrainConfig, run_dir: Path) -> int:
         for line in _other_machines(config, run_dir):
             print(line, flush=True)
         worker = start_worker(config, run_dir, lock=lock, env=env)
+        _record(run_dir, worker)
         workers.add(worker)
         code = _exit_code(worker.wait(), run_dir, stopped=workers.stopped)
     if code == EXIT_WRONG_INPUT:
@@ -112,7 +100,7 @@ def start_worker(
     Its own process group, so that Ctrl-C reaches it once, from the driver, and not twice.
     """
     hardware = config.hardware
-    environment = os.environ | {"LLMKIT_DRIVER": str(os.getpid())} | (env or {})
+    environment = worker_environment() | (env or {})
     if lock:
         environment["LLMKIT_LOCK_FD"] = str(lock.fileno())
     command = [sys.executable, "-m", "llmkit.worker", str(run_dir)]
@@ -122,13 +110,6 @@ def start_worker(
         command += ["--node-rank", str(hardware.node_rank), "--rendezvous", hardware.rendezvous]
     if hardware.node_rank:
         command += ["--config", str(run_dir / rundir.RANKS / f"node-{hardware.node_rank}")]
-    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
-        # Beside another busy program, libgomp's default (300,000 turns) has threads wait for one another so long that
-        # a step takes 15 times as long; 10,000 costs nothing alone.
-        environment["GOMP_SPINCOUNT"] = "10000"
-    # A bare checkout is importable only from its own directory: the worker gets the driver's place on the path.
-    package_parent = str(Path(sys.modules["llmkit"].__path__[0]).parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH", "")]))
     return subprocess.Popen(
         command,
         env=environment,
@@ -138,6 +119,23 @@ def start_worker(
         stdout=output,
         stderr=subprocess.STDOUT if output else None,
     )
+
+
+def worker_environment() -> dict[str, str]:
+    """The environment of a worker that this process starts, which is its driver."""
+    environment = os.environ | {"LLMKIT_DRIVER": str(os.getpid())}
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        # Beside another busy program, libgomp's default (300,000 turns) has threads wait for one another so long that
+        # a step takes 15 times as long; 10,000 costs nothing alone.
+        environment["GOMP_SPINCOUNT"] = "10000"
+    # A bare checkout is importable only from its own directory: the worker gets the driver's place on the path.
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent(), os.environ.get("PYTHONPATH", "")]))
+    return environment
+
+
+def package_parent() -> str:
+    """The directory that llmkit is imported from."""
+    return str(Path(sys.modules["llmkit"].__path__[0]).parent)
 
 
 def _exit_code(returncode: int, run_dir: Path, *, stopped: bool) -> int:
@@ -211,43 +209,8 @@ class _Running:
     devices: list[str | None]
 
 
-class LocalLauncher(Launcher):
-    """Hydra's launcher for `-m`: one job per free device."""
-
-    sweep: ClassVar[Sweep | None] = None  # what the verb reads the exit code from
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Called by Hydra before `launch`."""
-        self.context, self.config = hydra_context, config
-
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run all jobs; every one gets a record, so that a failed one hides nothing."""
-        directory = Path(self.config.hydra.sweep.dir)
-        (directory / "multirun.yaml").unlink(missing_ok=True)  # Hydra's copy of what each job's config.yaml says
-        configs = [
-            resolve(self.context.config_loader.load_sweep_config(self.config, list(overrides)))
-            for overrides in job_overrides
-        ]
-        with rundir.lock(directory):
-            try:
-                sweep = Sweep.plan(directory, job_overrides, configs)
-            except ConfigError:
-                (directory / rundir.LOCK).unlink()
-                with contextlib.suppress(OSError):  # not empty: what is there is somebody's
-                    directory.rmdir()
-                raise
-            LocalLauncher.sweep = sweep
-            _run_all(sweep)
-            sweep.finish()
-        returns = []
-        for job in sweep.jobs_of_this_command:
-            record = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
-            record.return_value = job.objective
-            returns.append(record)
-        return returns
-
-
-def _run_all(sweep: Sweep) -> None:
+def run_all(sweep: Sweep) -> None:
+    """Run the jobs of a sweep that are waiting, one per free device."""
     waiting = [job for job in sweep.jobs_of_this_command if job.status == "waiting"]
     if not waiting:
         return
@@ -293,7 +256,15 @@ def _start(job: Job, devices: list[str | None], threads: int | None) -> _Running
         # Two jobs with a thread per core each wait for one another at every operation: seen 100 times slower.
         env["OMP_NUM_THREADS"] = str(threads)
     worker = start_worker(job.config, job.run_dir, lock=lock, env=env, output=output)
+    _record(job.run_dir, worker)
     return _Running(job, worker, lock, output, devices)
+
+
+def _record(run_dir: Path, worker: subprocess.Popen) -> None:
+    """Write down who runs it, for `llmkit jobs`; whether it still does, the directory's lock tells."""
+    job_id, host = str(worker.pid), rundir.host()
+    record = JobRecord(launcher="local", job_id=job_id, state=RUNNING, submitted=now(), host=host, process=worker.pid)
+    record.write(run_dir)
 
 
 def _visible_gpus() -> list[str]:

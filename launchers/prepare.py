@@ -1,6 +1,7 @@
 """Make a run directory ready for its worker, or say why nothing is to be done."""
 
 import os
+import sys
 from pathlib import Path
 from typing import IO
 
@@ -61,6 +62,25 @@ def finished_elsewhere(config: TrainConfig, run_dir: Path) -> tuple[str, dict] |
         raise other_config(f"{place.url} holds a run", changed)
     finished = result is not None and result["status"] == "completed" and not config.resume_allow
     return (place.url, result) if result is not None and finished else None
+
+
+def is_finished(config: TrainConfig, run_dir: Path) -> bool:
+    """Whether this run has finished, here or where it is mirrored; says so, and sends what is missing there.
+
+    Raises ConfigError as `finished_result` and `finished_elsewhere` do.
+    """
+    if result := finished_result(config, run_dir):
+        value = "" if result["objective"] is None else f": {result['objective_name']} {result['objective']:.4g}"
+        print(f"{run_dir} holds this run, finished{value}. Nothing to do.")
+        if changed_since(config.data.path, run_dir / rundir.RESULT):
+            print(f"warning: {config.data.path} has changed since; another name= trains on it.", file=sys.stderr)
+        send_what_is_missing(config, run_dir)
+        return True
+    if elsewhere := finished_elsewhere(config, run_dir):
+        there, _ = elsewhere
+        print(f"{there} holds this run, finished; its model is in {there}/{rundir.FINAL}. Nothing to do.")
+        return True
+    return False
 
 
 def _refuse_strange(run_dir: Path) -> None:

@@ -4,8 +4,8 @@ import math
 import re
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from llmkit import rundir
-from llmkit.config import TrainConfig, validate, warnings
+from llmkit.config import TrainConfig, load, validate, warnings
 from llmkit.config.resolve import use_absolute_paths
 from llmkit.config.schema import FIGURES_OF_RECIPE
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError
@@ -25,7 +25,7 @@ MAXIMIZED = {name for names in FIGURES_OF_RECIPE.values() for name in names}
 
 @dataclass(kw_only=True)
 class Job:
-    """One run of a sweep. `status` is waiting, running, or one of result.json's."""
+    """One run of a sweep. `status` is waiting, queued (on a cluster), running, or one of result.json's."""
 
     overrides: list[str]
     run_dir: Path
@@ -33,7 +33,7 @@ class Job:
     status: str = "waiting"
     objective: float | None = None
     error: str | None = None
-    started: float = field(default_factory=time.monotonic)
+    started: float | None = None  # on this process's clock, if it saw the start
 
     def record(self) -> dict[str, Any]:
         """The job as sweep.json shows it."""
@@ -51,10 +51,21 @@ class Sweep:
     earlier: list[dict[str, Any]]
 
     @classmethod
-    def plan(cls, directory: Path, overrides: Sequence[Sequence[str]], configs: Sequence[TrainConfig]) -> "Sweep":
+    def plan(
+        cls,
+        directory: Path,
+        overrides: Sequence[Sequence[str]],
+        configs: Sequence[TrainConfig],
+        *,
+        ready: Callable[[list[TrainConfig]], None],
+    ) -> "Sweep":
         """Check all jobs before any starts; a job that has finished already is kept.
 
-        Raises ConfigError with the problems of all jobs.
+        Args:
+            ready: checks those that are to run once more, where they are to run.
+
+        Raises:
+            ConfigError: with the problems of all jobs.
         """
         if (directory / rundir.CONFIG).exists():
             raise ConfigError(f"{directory} holds a single run; choose another name= for a sweep.")
@@ -94,6 +105,8 @@ class Sweep:
             )
         for warning in dict.fromkeys(text for job in jobs for text in warnings(job.config)):
             print(f"warning: {warning}", file=sys.stderr)
+        if left := [job.config for job in jobs if job.status == "waiting"]:
+            ready(left)
         known = rundir.read_json(directory / rundir.SWEEP) or {"jobs": []}
         ours = {str(job.run_dir) for job in jobs}
         sweep = cls(directory, configs[0].objective, jobs, [j for j in known["jobs"] if j["run_dir"] not in ours])
@@ -103,6 +116,19 @@ class Sweep:
         kept = f"; {len(jobs) - waiting} finished before and are kept" if waiting < len(jobs) else ""
         print(f"sweep   {directory}: {waiting} job{'s' if waiting != 1 else ''} to run{kept}", flush=True)
         return sweep
+
+    @classmethod
+    def reopen(cls, directory: Path) -> "Sweep":
+        """A sweep as its sweep.json says, all of its jobs; one that was never made ready has no config of its own."""
+        known = rundir.read_json(directory / rundir.SWEEP)
+        assert known is not None, directory
+        jobs = []
+        for one in known["jobs"]:
+            run_dir = directory / Path(one["run_dir"]).name  # as seen from here; it was written elsewhere
+            config = load(run_dir) if (run_dir / rundir.CONFIG).exists() else TrainConfig()
+            shown = {key: one[key] for key in ("overrides", "status", "objective", "error")}
+            jobs.append(Job(run_dir=run_dir, config=config, **shown))
+        return cls(directory, known["objective"], jobs, [])
 
     def write(self) -> None:
         """Write sweep.json as things stand."""
@@ -115,23 +141,40 @@ class Sweep:
         self.write()
         print(f"start   {job.run_dir.name}   (log: {job.run_dir / 'console.log'})", flush=True)
 
+    def note(self, job: Job, *, status: str, detail: str) -> None:
+        """Note that a job on a cluster is queued or runs, and where."""
+        job.status = status
+        if status == "running":
+            job.started = time.monotonic()
+        self.write()
+        print(f"{status:<7} {job.run_dir.name}   {detail}", flush=True)
+
     def fail(self, job: Job, reason: str) -> None:
         """Note that a job could not be started."""
         job.status, job.error = "failed", reason
         self.write()
         print(f"failed  {job.run_dir.name}: {reason}", flush=True)
 
-    def collect(self, job: Job) -> None:
-        """Note how a job ended, from its result.json."""
+    def collect(self, job: Job, *, ended: str = "") -> None:
+        """Note how a job ended, from its result.json.
+
+        Args:
+            ended: what a scheduler says of its end.
+        """
         result = rundir.read_result(job.run_dir)
-        if result is None:
-            job.status, job.error = "failed", f"its process ended without a result; see {job.run_dir / 'console.log'}"
+        if result is None and ended.lower().startswith("cancelled"):
+            job.status, job.error = "stopped", ended
+        elif result is None:
+            said = f" ({ended})" if ended else ""
+            job.status = "failed"
+            job.error = f"its process ended without a result{said}; see {job.run_dir / 'console.log'}"
         else:
             job.status, job.objective, job.error = result["status"], result.get("objective"), result.get("error")
         self.write()
         reason = f": {job.error.splitlines()[0]}" if job.error else ""
         value = "" if job.objective is None else f"   {self.objective} {job.objective:.4g}"
-        print(f"{job.status:<7} {job.run_dir.name}{value}   {time.monotonic() - job.started:.0f} s{reason}", flush=True)
+        took = "" if job.started is None else f"   {time.monotonic() - job.started:.0f} s"
+        print(f"{job.status:<7} {job.run_dir.name}{value}{took}{reason}", flush=True)
 
     def ranked(self) -> list[Job]:
         """Jobs with a finite objective, the best first."""
@@ -147,9 +190,9 @@ class Sweep:
         plot(self)
 
     def exit_code(self) -> int:
-        """0 if all jobs are completed; 75 if some were stopped; 1 if any failed."""
+        """0 if all jobs are completed or go on without us; 75 if some were stopped; 1 if any failed."""
         statuses = {job.status for job in self.jobs_of_this_command}
-        if statuses <= {"completed"}:
+        if statuses <= {"completed", "queued", "running"}:
             return EXIT_DONE
         return EXIT_FAILED if "failed" in statuses else EXIT_PREEMPTED  # preempted, stopped, or never started
 

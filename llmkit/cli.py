@@ -21,6 +21,7 @@ VERBS = {
     "preview": "show what a run would learn, token by token, and audit its data",
     "fetch": "bring a model or data to a directory or a bucket, verified",
     "export": "merge a model, copy its run, or publish it",
+    "jobs": "look at runs, follow, cancel and collect them, wherever they run",
     "doctor": "show what this machine has and what is missing",
 }
 

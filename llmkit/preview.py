@@ -3,11 +3,8 @@
 Composes the config as `llmkit train` does and prepares the data as a run would, cache included; loads no weights.
 """
 
-import gc
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +12,13 @@ from omegaconf import DictConfig
 
 from llmkit import __version__
 from llmkit.cli import guarded, print_error
-from llmkit.config import TrainConfig, resolve, validate, warnings
+from llmkit.config import resolve, validate, warnings
 from llmkit.config.arguments import parse_arguments
 from llmkit.config.compose import run_composed
 from llmkit.data.progress import now_and_then
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, ConfigError, DataError
-from llmkit.launchers.local import LocalLauncher
+from llmkit.launchers.light_imports import light_imports
+from llmkit.launchers.start import SweepLauncher
 
 HELP = """\
 llmkit preview [FILE.yaml] [KEY=VALUE ...] [n=N] [--html [FILE.html]]
@@ -68,7 +66,7 @@ def _preview(argv: list[str]) -> int:
     if arguments.multirun:
         raise ConfigError("-m: a preview shows one config; leave it out, and choose one of the values.")
     composed: list[DictConfig] = []
-    run_composed("train", composed.append, arguments, {"LocalLauncher": LocalLauncher})
+    run_composed("train", composed.append, arguments, {"SweepLauncher": SweepLauncher})
     return max((_show(config, wanted) for config in composed), default=EXIT_DONE)
 
 
@@ -99,7 +97,7 @@ def _show(composed: DictConfig, wanted: Wanted) -> int:
     for warning in warnings(config):
         print(f"warning: {warning}", file=sys.stderr)
     os.environ.update(config.hardware.env)
-    with _light_imports(config):
+    with light_imports(config):
         from llmkit.data.preview import page, report, terminal
     if wanted.page:
         page.check_place(wanted.page)
@@ -129,35 +127,6 @@ def _show(composed: DictConfig, wanted: Wanted) -> int:
 
 def _say(line: str) -> None:
     print(f"preparing {line}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _light_imports(config: TrainConfig) -> Iterator[None]:
-    """Imports without what a preview does not use, torch above all: two of three seconds."""
-    from llmkit.worker import hide_unused_libraries
-
-    without_torch = _is_own_process() and not config.model.trust_remote_code  # a model's own code may want it
-    if _is_own_process():
-        hide_unused_libraries(config)
-    if without_torch:
-        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
-        os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that it is not found
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    collects = gc.isenabled()
-    gc.disable()  # it would walk what imports make, again and again
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
-        if without_torch and sys.modules["torch"] is None:
-            del sys.modules["torch"]  # Datasets takes a name that is there for a module that is there (5.2)
-
-
-def _is_own_process() -> bool:
-    """Whether this process is the command and nothing else, so that nobody misses what is hidden in it."""
-    program = Path(sys.argv[0])
-    return program.name == "llmkit" or program.parent == Path(__file__).parent
 
 
 if __name__ == "__main__":

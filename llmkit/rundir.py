@@ -25,6 +25,7 @@ PROBE = "probe.json"  # what a server of the model must reproduce
 BEST_WEIGHTS = ".best.safetensors"  # while the run goes on with training.final=best
 NON_FINITE_BATCH = "nonfinite_batch.json"
 SWEEP = "sweep.json"
+JOB = "job.json"  # who runs it: see launchers/job_record.py
 FILES = "files.json"  # of a copy elsewhere: what it holds, written last
 LOCK = ".lock"
 
@@ -93,7 +94,7 @@ def write_result(run_dir: Path, **known: Any) -> None:
 
 def discard_unused(run_dir: Path) -> None:
     """Remove a run directory in which nothing was trained: wrong input should leave nothing behind."""
-    if {path.name for path in run_dir.iterdir()} <= {CONFIG, RESULT, LOCK, RANKS}:
+    if {path.name for path in run_dir.iterdir()} <= {CONFIG, RESULT, LOCK, RANKS, JOB}:
         shutil.rmtree(run_dir, ignore_errors=True)
 
 
@@ -107,6 +108,18 @@ def is_locked(run_dir: Path) -> bool:
     except OSError:
         return False
     return False
+
+
+def lock_holder(run_dir: Path) -> int | None:
+    """The process of this machine that writes to the run directory; None if there is none, or it is elsewhere."""
+    words = (run_dir / LOCK).read_text(encoding="utf-8").split() if is_locked(run_dir) else []
+    here = len(words) == 4 and words[3] == host() and words[1].isdecimal()  # as `lock` writes it
+    return int(words[1]) if here else None
+
+
+def host() -> str:
+    """The name of this machine, as locks and job records say it."""
+    return os.uname().nodename
 
 
 def lock(run_dir: Path) -> IO[str]:
@@ -128,7 +141,7 @@ def lock(run_dir: Path) -> IO[str]:
         raise ConfigError(f"{run_dir} is in use by {holder}; wait for it, stop it, or choose another name=.") from None
     file.seek(0)
     file.truncate()
-    file.write(f"process {os.getpid()} on {os.uname().nodename}")
+    file.write(f"process {os.getpid()} on {host()}")
     file.flush()
     return file
 

@@ -15,7 +15,7 @@ from llmkit.config.arguments import parse_arguments
 from llmkit.config.compose import groups_in_words, run_composed
 from llmkit.config.resolve import use_absolute_paths
 from llmkit.errors import EXIT_DONE
-from llmkit.launchers.local import LocalLauncher, run_here
+from llmkit.launchers.start import SweepLauncher, start_run
 from llmkit.rundir import default_run_dir
 
 HELP = """\
@@ -50,10 +50,10 @@ def _train(argv: list[str]) -> int:
         print(__version__)
         return EXIT_DONE
     composed: list[DictConfig] = []
-    LocalLauncher.sweep = None  # of an earlier call in this process
-    run_composed("train", composed.append, arguments, {"LocalLauncher": LocalLauncher})
-    if LocalLauncher.sweep is not None:
-        return LocalLauncher.sweep.exit_code()
+    SweepLauncher.sweep = None  # of an earlier call in this process
+    run_composed("train", composed.append, arguments, {"SweepLauncher": SweepLauncher})
+    if SweepLauncher.sweep is not None:
+        return SweepLauncher.sweep.exit_code()
     return max((_run(config) for config in composed), default=EXIT_DONE)
 
 
@@ -63,7 +63,7 @@ def _run(composed: DictConfig) -> int:
     use_absolute_paths(config)
     for warning in warnings(config):
         print(f"warning: {warning}", file=sys.stderr)
-    return run_here(config, Path(config.run_dir or default_run_dir(config.name)))
+    return start_run(config, Path(config.run_dir or default_run_dir(config.name)))
 
 
 if __name__ == "__main__":

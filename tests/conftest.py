@@ -13,6 +13,7 @@ import hydra
 import pytest
 from hydra.plugins.launcher import Launcher
 from s3_server import s3_server, s3_url  # noqa: F401 - fixtures for all tests
+from slurm_cluster import slurm  # noqa: F401 - a fixture for all tests
 
 # Read when torch is loaded, here and in children. Idle OpenMP threads spin by default: two test processes that train
 # side by side on two cores then take ten times as long as one.
@@ -81,7 +82,7 @@ def sums(count: int) -> list[dict[str, Any]]:
     ]
 
 
-class LocalLauncher(Launcher):
+class SweepLauncher(Launcher):
     """Collects the configs of a sweep instead of running them."""
 
     composed: ClassVar[list[Any]] = []
@@ -104,13 +105,13 @@ def compose() -> Callable[..., Any]:
     from llmkit.config.registration import register
     from llmkit.errors import ConfigError
 
-    composed = LocalLauncher.composed
+    composed = SweepLauncher.composed
 
     def make(*words: str | Path) -> Any:
         composed.clear()
         arguments = parse_arguments(list(map(str, words)))
         if arguments.multirun or arguments.switches:
-            run_composed("train", composed.append, arguments, {"LocalLauncher": LocalLauncher})
+            run_composed("train", composed.append, arguments, {"SweepLauncher": SweepLauncher})
         else:  # the same in half the time: hydra.main composes everything twice
             register()
             if problems := check_overrides(arguments.overrides, multirun=False):

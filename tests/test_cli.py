@@ -13,7 +13,7 @@ from llmkit import __version__, cli, train
 from llmkit.config.arguments import parse_arguments
 from llmkit.config.check import check_overrides
 from llmkit.config.registration import group_names, group_options
-from llmkit.launchers.local import LocalLauncher
+from llmkit.launchers.start import SweepLauncher
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_the_outcome_of_an_earlier_sweep_is_not_that_of_this_call(monkeypatch):
         def exit_code(self) -> int:
             return 1
 
-    monkeypatch.setattr(LocalLauncher, "sweep", FailedSweep())
+    monkeypatch.setattr(SweepLauncher, "sweep", FailedSweep())
 
     assert train.main(["--cfg", "job"]) == 0
 

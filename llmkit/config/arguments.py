@@ -31,6 +31,8 @@ SHOW_INFO = ("--info", "-i")
 SWITCHES = ("--help", "-h", "--hydra-help", "--version", "--resolve", *SHOW_INFO, *SHELL_COMPLETION)
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")  # what may follow --info
 
+HYDRAS_LAUNCHER = "hydra/launcher="  # another word for launcher=, which chooses it
+
 # A value whose user has quoted or bracketed it already, and one that Hydra's sweeper makes several of.
 TEXT_LIST = re.compile(r"""\[([^]['"]*)\]""")
 QUOTED_VALUE = re.compile(r"""'.*'|".*"|\[.*\]|\{.*\}""")
@@ -74,6 +76,9 @@ def parse_arguments(argv: list[str]) -> Arguments:
         arguments.overrides = words
         return arguments
     layers = []
+    words = [
+        f"launcher={word.removeprefix(HYDRAS_LAUNCHER)}" if word.startswith(HYDRAS_LAUNCHER) else word for word in words
+    ]
     while words and _is_config_file(words[0]):
         layers.append(expand_hub_models(file_overrides(Path(words.pop(0)))))
     if strangers := [word for word in words if "=" not in word and not word.startswith("~")]:

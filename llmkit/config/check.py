@@ -30,6 +30,8 @@ from llmkit.config.schema import (
     chosen_option,
     nodes_of_group,
     open_mappings,
+    options_with,
+    type_with,
     walk_schema,
 )
 from llmkit.config.setting import is_legal, legal_values
@@ -158,7 +160,7 @@ def _value_problem(key: str, value: Any, field: dataclasses.Field) -> str:
         return ""  # an interpolation; its value is checked after composing
     legal = legal_values(field)
     try:
-        holder = OmegaConf.structured(NODES.get(key.rpartition(".")[0], TrainConfig))
+        holder = OmegaConf.structured(type_with(key))
         OmegaConf.update(holder, key.rpartition(".")[2], value, merge=False)
     except OmegaConfBaseException:
         return f"{key}={value}: expected {type_in_words(field)}{f', {legal}' if legal else ''}."
@@ -226,6 +228,9 @@ def _node_problems(overrides: list[Override]) -> list[str]:
 def missing_node(key: str) -> str:
     """The message for a key of a node that the chosen options do not have; empty for any other key."""
     node = key.split(".")[0]
+    if options := options_with(key):
+        owners = " or ".join(f"{node}={option}" for option in options)
+        return f"{key}: the chosen {node} has no such setting; it belongs to {owners}."
     if node not in OPTIONAL_NODES:
         return ""
     (group,) = (group for group in NODES_OF_OPTION if node in nodes_of_group(group))

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from llmkit import durable, rundir
-from llmkit.config.schema import NODES, DataConfig, TrainConfig, open_mappings, schema_keys
+from llmkit.config.schema import NODES, TYPES_OF_OPTION, DataConfig, TrainConfig, open_mappings, schema_keys
 from llmkit.errors import ConfigError
 
 # Where a run lives, how it is started, saved and watched is not what it computes.
@@ -55,7 +55,8 @@ def load(run_dir: Path) -> TrainConfig:
         schema = OmegaConf.structured(TrainConfig)
         for name, node in NODES.items():
             if values.get(name) is not None:
-                schema[name] = OmegaConf.structured(node)
+                options = TYPES_OF_OPTION.get(name, {})
+                schema[name] = OmegaConf.structured(options.get(values[name].get("name"), node) if options else node)
         config: Any = OmegaConf.to_object(OmegaConf.merge(schema, values))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error.full_key}: {str(error).splitlines()[0]}") from error

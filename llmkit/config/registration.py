@@ -6,7 +6,7 @@ from importlib import resources
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from llmkit.config.schema import GROUPS, OPTIONAL_NODES, TrainConfig
+from llmkit.config.schema import GROUPS, OPTIONAL_NODES, TYPES_OF_OPTION, TrainConfig
 from llmkit.rundir import default_run_dir
 
 
@@ -17,7 +17,9 @@ def register() -> None:
     store.store(name="train_schema", node=TrainConfig)
     for name, node in OPTIONAL_NODES.items():
         store.store(group="schema", name=name, node=node)
-    store.store(group="schema/launcher", name="local", node=GROUPS["launcher"])
+    for group, options in TYPES_OF_OPTION.items():
+        for name, node in options.items():
+            store.store(group=f"schema/{group}", name=name, node=node)
     # Cached: a sweep's directory must not move when the clock ticks between two readings.
     OmegaConf.register_new_resolver(
         "llmkit_run_dir", lambda run_dir, name: run_dir or default_run_dir(name), use_cache=True, replace=True

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, get_origin
 
+from llmkit.config.launcher_schema import LAUNCHERS, LocalLauncherConfig
 from llmkit.config.serving_schema import ExportConfig, ServeConfig
 from llmkit.config.setting import setting
 
@@ -395,12 +396,6 @@ class StorageConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class LocalLauncherConfig:
-    name: str = setting("local", "The option of the launcher group.")
-    max_parallel: int | None = setting(None, "Jobs of a sweep at a time; unset: one per GPU, one on a CPU.", ge=1)
-
-
-@dataclass(kw_only=True, slots=True)
 class TrainConfig:
     recipe: str = setting(
         "sft", "What the run does: learn answers (sft), or prefer one answer to another (dpo).", choices=RECIPES
@@ -470,6 +465,8 @@ NODES_OF_OPTION: dict[str, dict[str, tuple[str, ...]]] = {
     "recipe": {"sft": (), "dpo": ("dpo",)},
     "method": {"full": (), "freeze": ("freeze",), "lora": ("lora",), "qlora": ("lora", "qlora")},
 }
+# Groups each of whose options is typed by a dataclass of its own; the one among GROUPS is the default's.
+TYPES_OF_OPTION: dict[str, dict[str, type]] = {"launcher": LAUNCHERS}
 # Nodes without a group: no option of theirs is worth a file.
 PLAIN_NODES: dict[str, type] = {"storage": StorageConfig, "export": ExportConfig}
 # The dataclass of every node.
@@ -486,11 +483,34 @@ def nodes_of_group(group: str) -> set[str]:
     return {node for nodes in NODES_OF_OPTION[group].values() for node in nodes}
 
 
+def types_of_node(node: str) -> tuple[type, ...]:
+    """The dataclasses that type a node: one, or one for each option of its group."""
+    return tuple(TYPES_OF_OPTION[node].values()) if node in TYPES_OF_OPTION else (NODES[node],)
+
+
+def options_with(key: str) -> list[str]:
+    """The options of a group of TYPES_OF_OPTION that have a dotted key; none for a key of any other node."""
+    node, _, name = key.partition(".")
+    options = TYPES_OF_OPTION.get(node, {})
+    return [option for option, kind in options.items() if name in {info.name for info in fields(kind)}]
+
+
+def type_with(key: str) -> type:
+    """The dataclass that declares a dotted key; of several options' the first."""
+    node = key.rpartition(".")[0]
+    if options := options_with(key):
+        return TYPES_OF_OPTION[node][options[0]]
+    return NODES.get(node, TrainConfig)
+
+
 def walk_schema() -> Iterator[tuple[str, Field]]:
     """Every key of the schema as (dotted key, dataclass field), the nodes of all options included."""
     for info in fields(TrainConfig):
         if info.name in NODES:
-            yield from ((f"{info.name}.{inner.name}", inner) for inner in fields(NODES[info.name]))
+            named: dict[str, Field] = {}
+            for kind in types_of_node(info.name):
+                named |= {inner.name: inner for inner in fields(kind) if inner.name not in named}
+            yield from ((f"{info.name}.{name}", inner) for name, inner in named.items())
         else:
             yield info.name, info
 

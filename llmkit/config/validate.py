@@ -24,6 +24,7 @@ from llmkit.config.schema import (
 from llmkit.config.setting import is_legal, legal_values
 from llmkit.config.validate_data import data_problems, data_warnings
 from llmkit.config.validate_dpo import dpo_problems, dpo_warnings
+from llmkit.config.validate_launcher import launcher_problems, launcher_warnings
 from llmkit.config.validate_ranks import rank_problems, rank_warnings
 from llmkit.errors import ConfigError, did_you_mean
 from llmkit.storage.names import storage_problems
@@ -46,6 +47,7 @@ def validate(config: TrainConfig) -> None:
         *_training_problems(config),
         *_checkpoint_problems(config),
         *dpo_problems(config),
+        *launcher_problems(config),
     ]
     if problems:
         raise ConfigError(*problems)
@@ -125,7 +127,8 @@ def warnings(config: TrainConfig) -> list[str]:
         for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
             if getattr(config.qlora, key) != getattr(QloraConfig(), key):
                 found.append(f"qlora.{key} has no effect with qlora.bits=8.")
-    return found + data_warnings(config) + dpo_warnings(config) + rank_warnings(config)
+    found += [*data_warnings(config), *dpo_warnings(config), *rank_warnings(config)]
+    return found + launcher_warnings(config)
 
 
 def _same_disk(place: Path, other: Path) -> bool:

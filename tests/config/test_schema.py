@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 import llmkit
-from llmkit.config.schema import NODES, TrainConfig, walk_schema
+from llmkit.config.schema import NODES, TrainConfig, types_of_node, walk_schema
 
 PACKAGE = Path(llmkit.__file__).parent
 # A source of `data.datasets` has the fields of `data`, which is one itself.
-CLASSES = {node.__name__: node for node in (*NODES.values(), TrainConfig)} | {"SourceConfig": NODES["data"]}
+TYPES = [kind for node in NODES for kind in types_of_node(node)]
+CLASSES = {kind.__name__: kind for kind in (*TYPES, TrainConfig)} | {"SourceConfig": NODES["data"]}
 KEYS = dict(walk_schema())
 
 # An option's own name chooses the file; `user_file.file_overrides` reads all of them alike when a run is repeated
@@ -61,6 +62,7 @@ def test_every_field_is_read_by_the_code_that_does_the_work():
     [
         ("def f(config: TrainConfig): return config.lora.r", {"lora.r"}),
         ("def f(settings: LoraConfig): return settings.r", {"lora.r"}),
+        ("def f(config):\n slurm: SlurmLauncherConfig = config.launcher\n return slurm.qos", {"launcher.qos"}),
         ("def f(q: QloraConfig | None): return q.bits", {"qlora.bits"}),
         ("class C:\n def f(self): return self.config.training.optim", {"training.optim"}),
         ("def f(config: TrainConfig):\n a, b = config.data, config.seed\n return a.limit", {"data.limit", "seed"}),
@@ -115,6 +117,8 @@ def _reads_in(function: ast.FunctionDef | ast.Module, holders: dict[str, type]) 
                     known[argument.arg] = CLASSES[name.id]
     body = [node for statement in function.body for node in ast.walk(statement)]
     for node in body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.annotation, ast.Name) and node.annotation.id in CLASSES:
+            known[node.target.id] = CLASSES[node.annotation.id]  # type: ignore[union-attr] - a name, in a function
         if isinstance(node, ast.Assign):
             for target, value in _pairs(node):
                 if isinstance(target, ast.Name) and (kind := _kind(value, known, holders)):
@@ -152,7 +156,7 @@ def _kind(value: ast.expr, known: dict[str, type], holders: dict[str, type]) -> 
 
 
 def _keys(kind: type | None, field: str) -> Iterator[str]:
-    nodes = [node for node, cls in NODES.items() if cls is kind]
+    nodes = [node for node in NODES if kind in types_of_node(node)]
     key = f"{nodes[0]}.{field}" if nodes else field if kind is TrainConfig else ""
     if key in KEYS:
         yield key

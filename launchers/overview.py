@@ -1,0 +1,159 @@
+"""What is going on: the runs below some directories, whoever started them, from their files and their schedulers."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmkit import rundir
+from llmkit.config import TrainConfig, load
+from llmkit.errors import ConfigError, LlmkitError
+from llmkit.launchers.cluster import SCHEDULERS, Scheduler, Seen, connect, judged
+from llmkit.launchers.devices import devices_of
+from llmkit.launchers.job_record import ENDED, QUEUED, RUNNING, JobRecord
+from llmkit.training.metrics import read_metrics
+
+OPEN = (QUEUED, RUNNING)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunView:
+    """One run at one moment. `state` is queued, running, one of result.json's, or unknown (it left no result)."""
+
+    run_dir: Path
+    launcher: str
+    job_id: str
+    state: str
+    detail: str = ""
+    step: int = 0
+    steps: int | None = None
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    seconds_left: float | None = None
+    device: str = ""
+
+
+def runs_below(directories: Iterable[Path]) -> list[Path]:
+    """The run directories that these are or hold, those of sweeps too. Raises ConfigError for what is not there."""
+    found: list[Path] = []
+    for directory in directories:
+        if not directory.is_dir():
+            raise ConfigError(f"{directory}: there is no such directory (seen from {Path.cwd()}).")
+        for path in [directory, *sorted(directory.iterdir())]:
+            if (path / rundir.CONFIG).exists():
+                found.append(path)
+                if path is directory:  # what lies below a run is its own
+                    break
+            elif path is not directory and (path / rundir.SWEEP).exists():
+                found += sorted(config.parent for config in path.glob(f"*/{rundir.CONFIG}"))
+    return list(dict.fromkeys(found))
+
+
+class Overview:
+    """Looks at runs, and asks each scheduler once for all of its jobs."""
+
+    def __init__(self) -> None:
+        self._schedulers: dict[str, Scheduler | None] = {}  # by the launcher's settings; None where it cannot be asked
+
+    def look(self, run_dirs: Sequence[Path]) -> list[RunView]:
+        """How these runs stand, in the same order."""
+        configs = {run_dir: load(run_dir) for run_dir in run_dirs}
+        records = {run_dir: JobRecord.read(run_dir) for run_dir in run_dirs}
+        told = self._ask([(configs[path], record) for path, record in records.items() if record is not None])
+        return [_view(path, configs[path], records[path], told) for path in run_dirs]
+
+    def scheduler(self, config: TrainConfig) -> Scheduler | None:
+        """The scheduler of a run; None, with a warning, where it cannot be had from here."""
+        key = repr(config.launcher)
+        if key not in self._schedulers:
+            try:
+                self._schedulers[key] = connect(config.launcher)
+            except LlmkitError as error:
+                self._give_up(key, error)
+        return self._schedulers[key]
+
+    def _ask(self, jobs: Sequence[tuple[TrainConfig, JobRecord]]) -> dict[str, Seen] | None:
+        """What the schedulers say of jobs that have not ended; None if one of them does not answer."""
+        open_jobs: dict[str, list[str]] = {}
+        asked: dict[str, TrainConfig] = {}
+        for config, record in jobs:
+            if record.launcher in SCHEDULERS and config.launcher.name == record.launcher and record.state != ENDED:
+                open_jobs.setdefault(repr(config.launcher), []).append(record.job_id)
+                asked[repr(config.launcher)] = config
+        told: dict[str, Seen] = {}
+        for key, job_ids in open_jobs.items():
+            if (scheduler := self.scheduler(asked[key])) is None:
+                return None
+            try:
+                told |= scheduler.seen(job_ids)
+            except LlmkitError as error:
+                self._give_up(key, error)
+                return None
+        return told
+
+    def _give_up(self, key: str, error: LlmkitError) -> None:
+        print(f"warning: {error} What follows is what the run directories say.", file=sys.stderr)
+        self._schedulers[key] = None
+
+
+def _view(run_dir: Path, config: TrainConfig, record: JobRecord | None, told: dict[str, Seen] | None) -> RunView:
+    seen = _seen(run_dir, record, told)
+    result = rundir.read_result(run_dir)
+    state, detail = seen.state, seen.detail
+    progress = _progress(run_dir, config, running=state == RUNNING)
+    if state not in OPEN:
+        state = result["status"] if result is not None else _end(seen.detail)
+        detail = (result or {}).get("error") or ("" if result is not None else detail)
+    device = (result or {}).get("device") or ""
+    if state == RUNNING and record is not None:
+        device = " ".join(filter(None, [record.host, _devices(record)]))
+        detail = ""  # where it is, once more
+    return RunView(
+        run_dir=run_dir,
+        launcher=record.launcher if record is not None else config.launcher.name,
+        job_id=record.job_id if record is not None else "",
+        state=state,
+        detail=detail.splitlines()[0] if detail else "",
+        device=device,
+        **progress,
+    )
+
+
+def _devices(record: JobRecord) -> str | None:
+    """The GPUs of a run that is running: asked for now on this machine, else as its job has last seen them."""
+    here = record.process if record.host == rundir.host() else None
+    return (devices_of(here) if here is not None else None) or record.device
+
+
+def _end(detail: str) -> str:
+    """The state of a run that left no result."""
+    return "stopped" if detail.lower().startswith("cancelled") else "unknown"
+
+
+def _seen(run_dir: Path, record: JobRecord | None, told: dict[str, Seen] | None) -> Seen:
+    """Where a run's job is; of a run on this machine its lock tells."""
+    if record is None or record.launcher not in SCHEDULERS:
+        return Seen(state=RUNNING if rundir.is_locked(run_dir) else ENDED)
+    if told is None:
+        return Seen(state=record.state)
+    return judged(record, told.get(record.job_id))
+
+
+def _progress(run_dir: Path, config: TrainConfig, *, running: bool) -> dict[str, Any]:
+    """How far a run is, from metrics.jsonl."""
+    records = read_metrics(run_dir)
+    logged = [record for record in records if "loss" in record]
+    if not records:
+        return {"steps": config.training.max_steps}
+    step = records[-1]["step"]
+    steps = config.training.max_steps
+    if steps is None and records[-1].get("epoch"):
+        steps = max(round(step / records[-1]["epoch"] * config.training.num_train_epochs), step)
+    found: dict[str, Any] = {"step": step, "steps": steps}
+    if logged:
+        found |= {"loss": logged[-1]["loss"], "tokens_per_second": logged[-1].get("tokens_per_second")}
+        speed, tokens = logged[-1].get("tokens_per_second"), logged[-1].get("tokens")
+        if running and steps and speed and tokens:
+            found["seconds_left"] = (steps - step) * tokens / logged[-1]["step"] / speed
+    return found

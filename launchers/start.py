@@ -1,0 +1,80 @@
+"""`launcher=NAME`: start one run, or the runs of a sweep (`-m`), where the config says."""
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from llmkit import rundir
+from llmkit.config import TrainConfig, resolve
+from llmkit.errors import ConfigError, LlmkitError
+from llmkit.launchers import cluster, local
+from llmkit.launchers.sweep import Sweep
+
+
+def start_run(config: TrainConfig, run_dir: Path) -> int:
+    """Start one run and see it to its end; returns the exit code of the contract."""
+    if config.launcher.name == "local":
+        cluster.refuse_held_elsewhere(config, run_dir)
+        return local.run_here(config, run_dir)
+    return cluster.run_there(config, run_dir)
+
+
+class SweepLauncher(Launcher):
+    """Hydra's launcher for `-m`, for every `launcher=`."""
+
+    sweep: ClassVar[Sweep | None] = None  # what the verb reads the exit code from
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra before `launch`."""
+        self.context, self.config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run all jobs; every one gets a record, so that a failed one hides nothing."""
+        directory = Path(self.config.hydra.sweep.dir)
+        (directory / "multirun.yaml").unlink(missing_ok=True)  # Hydra's copy of what each job's config.yaml says
+        configs = [
+            resolve(self.context.config_loader.load_sweep_config(self.config, list(overrides)))
+            for overrides in job_overrides
+        ]
+        SweepLauncher.sweep = sweep = _run_sweep(directory, job_overrides, configs)
+        returns = []
+        for job in sweep.jobs_of_this_command:
+            record = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
+            record.return_value = job.objective
+            returns.append(record)
+        return returns
+
+
+def _not_held(configs: Sequence[TrainConfig]) -> None:
+    for config in configs:
+        assert config.run_dir, "a sweep gives each job its directory"
+        cluster.refuse_held_elsewhere(config, Path(config.run_dir))
+
+
+def _run_sweep(directory: Path, overrides: Sequence[Sequence[str]], configs: Sequence[TrainConfig]) -> Sweep:
+    names = {config.launcher.name for config in configs}
+    if len(names) > 1:
+        raise ConfigError(f"launcher={','.join(sorted(names))}: a sweep has one launcher; choose one of them.")
+    here = names == {"local"}
+    with rundir.lock(directory):
+        try:
+            sweep = Sweep.plan(directory, overrides, configs, ready=_not_held if here else cluster.ready)
+        except LlmkitError:
+            (directory / rundir.LOCK).unlink()
+            with contextlib.suppress(OSError):  # not empty: what is there is somebody's
+                directory.rmdir()
+            raise
+        if here:
+            local.run_all(sweep)
+            sweep.finish()
+        else:
+            cluster.queue_sweep(sweep)
+    if not here and configs[0].launcher.wait:
+        cluster.follow_sweep(sweep)
+    return sweep

@@ -1,0 +1,65 @@
+"""The options of `launcher=`, one dataclass each: where runs are started, and what is asked of that place.
+
+The names of `launcher=slurm` are sbatch's and submitit's.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from llmkit.config.setting import setting
+
+
+@dataclass(kw_only=True, slots=True)
+class LocalLauncherConfig:
+    name: str = setting("local", "The option of the launcher group.")
+    max_parallel: int | None = setting(None, "Jobs of a sweep at a time; unset: one per GPU, one on a CPU.", ge=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class ClusterLauncherConfig:
+    """What all launchers have in common that hand runs to a scheduler."""
+
+    preflight: bool = setting(
+        True, "Check model access, the data and servability here, before anything is queued; false: on the node."
+    )
+    wait: bool = setting(True, "Follow the jobs to their end; false: return once they are queued (see llmkit jobs).")
+    poll_s: float = setting(10.0, "Seconds between two questions to the scheduler while jobs are followed.", gt=0)
+
+
+@dataclass(kw_only=True, slots=True)
+class SlurmLauncherConfig(ClusterLauncherConfig):
+    name: str = setting("slurm", "The option of the launcher group.")
+    partition: str | None = setting(None, "Partition, or several with commas between; unset: the cluster's default.")
+    account: str | None = setting(None, "Account that the time is charged to; unset: the user's default.")
+    qos: str | None = setting(None, "Quality of service; unset: the user's default.")
+    gpus_per_node: int | None = setting(
+        None, "GPUs per node; unset: hardware.num_processes where the partition has GPUs, none elsewhere.", ge=0
+    )
+    cpus_per_task: int | None = setting(None, "CPU cores per node; unset: the cluster's default.", ge=1)
+    mem_gb: float | None = setting(None, "Memory per node in GB; unset: the cluster's default.", gt=0)
+    time: Any = setting(None, "Time limit: minutes, HH:MM:SS or D-HH:MM:SS; unset: the partition's.", text=True)
+    constraint: str | None = setting(None, "Features that nodes must have, in sbatch's grammar.")
+    exclude: str | None = setting(None, "Nodes that are not used.")
+    nodelist: str | None = setting(None, "Nodes that are used.")
+    array_parallelism: int = setting(256, "Jobs of a sweep at a time.", ge=1)
+    signal_delay_s: int = setting(
+        120, "Seconds before the time limit at which a run is told to save and is queued again.", ge=10, le=65535
+    )
+    setup: list[str] = setting(
+        [], "Shell lines before the run: [module load cuda, source env/bin/activate].", text=True
+    )
+    python: str | None = setting(
+        None, "Command that is Python on the nodes, with llmkit and submitit; unset: this one's own path."
+    )
+    container: str | None = setting(None, "Container image that Python runs in: a file or docker://...")
+    container_runtime: str = setting(
+        "apptainer", "What starts the container.", choices=("apptainer", "singularity", "pyxis")
+    )
+    container_args: list[str] = setting(
+        [], "More arguments of the container runtime: [--bind, /data:/data].", text=True
+    )
+    additional_parameters: dict[str, Any] = setting({}, "Other options of sbatch by their names: {mail-type: END}.")
+
+
+# Option of the launcher group -> the dataclass that types it.
+LAUNCHERS: dict[str, type] = {"local": LocalLauncherConfig, "slurm": SlurmLauncherConfig}

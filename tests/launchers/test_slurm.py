@@ -1,0 +1,316 @@
+"""`launcher=slurm` on a real Slurm of two nodes: sweeps, failures, preemption, and nodes that die."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from slurm_cluster import SlurmCluster, wait_until
+
+CHECKOUT = Path(__file__).parents[2]
+FAST = ("training.max_steps=4", "evaluation=off", "training.logging_steps=1")
+SLURM = ("launcher=slurm", "launcher.poll_s=1", "launcher.cpus_per_task=1", "launcher.preflight=false")
+LONG = ("training.max_steps=100000", "evaluation=off", "training.logging_steps=1", "training.eval_steps=1000000")
+
+
+def sweep_of(directory: Path) -> list[dict]:
+    return json.loads((directory / "sweep.json").read_text())["jobs"]
+
+
+def job_of(run_dir: Path) -> dict:
+    return json.loads((run_dir / "job.json").read_text())
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    metrics = run_dir / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return [json.loads(line)["step"] for line in lines if '"loss"' in line and line.endswith("}")]
+
+
+def wait_for_steps(run_dir: Path, count: int) -> None:
+    wait_until(lambda: len(steps_of(run_dir)) >= count, "no training step was seen", 180)
+
+
+def start(slurm: SlurmCluster, tmp_path: Path, *words: str) -> subprocess.Popen:
+    """A driver that is left alone while the test does something to its jobs."""
+    env = os.environ | {"PYTHONPATH": str(CHECKOUT)} | slurm.environment
+    command = [sys.executable, "-m", "llmkit", "train", *words]
+    return subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_sweep_ends_ranked_as_on_this_machine(slurm: SlurmCluster, run_llmkit, tmp_path):
+    words = ("train", "-m", "lora.r=2,4", *FAST)
+
+    done = run_llmkit(*words, *SLURM, "name=there", env=slurm.environment)
+    here = run_llmkit(*words, "name=here")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    there, local = sweep_of(tmp_path / "runs/there"), sweep_of(tmp_path / "runs/here")
+    assert [job["status"] for job in there] == ["completed"] * 2
+    assert [job["objective"] for job in there] == pytest.approx([job["objective"] for job in local], abs=1e-4)
+    ids = [job_of(tmp_path / "runs/there" / name)["job_id"] for name in ("r=2", "r=4")]
+    assert [job_id.partition("_")[2] for job_id in ids] == ["0", "1"]  # of one array
+    tables = [
+        [line for line in output[output.index("ranked by eval_loss") :].splitlines() if "│" in line]
+        for output in (done.stdout, here.stdout)
+    ]
+    assert tables[0] == tables[1]
+    assert f"best: {max(there, key=lambda job: -job['objective'])['run_dir']}/final" in done.stdout
+
+
+def test_one_failed_job_hides_nothing(slurm: SlurmCluster, run_llmkit, tmp_path, chats_file):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("not json\n")
+    words = ("-m", f"data.path={chats_file()},{bad}", "data.validation=null", "name=two", *FAST)
+
+    done = run_llmkit("train", *SLURM, *words, env=slurm.environment)
+
+    assert done.returncode == 1
+    good, failed = sweep_of(tmp_path / "runs/two")
+    assert (good["status"], failed["status"]) == ("completed", "failed")
+    assert f"{bad}, line 1: not JSON" in failed["error"]
+    assert f"{bad}, line 1: not JSON" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", ["USR2", "TERM"])
+def test_a_preempted_run_saves_is_queued_again_and_ends_as_if_undisturbed(
+    slurm: SlurmCluster, run_llmkit, tmp_path, number
+):
+    words = ("training.max_steps=120", "evaluation=off", "training.logging_steps=1", "training.eval_steps=1000")
+    threads = {"OMP_NUM_THREADS": "1"}
+    undisturbed = run_llmkit("train", *words, "name=undisturbed", env=threads)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+
+    driver = start(slurm, tmp_path, *SLURM, *words, "name=preempted")
+    run_dir = tmp_path / "runs/preempted"
+    wait_for_steps(run_dir, 5)
+    slurm.ask("scancel", f"--signal={number}", job_of(run_dir)["job_id"])
+    output = driver.communicate(timeout=300)[0]
+
+    assert driver.returncode == 0, output
+    assert f"by SIG{number} at step" in output
+    assert "queued  runs/preempted" in output[output.index(f"by SIG{number}") :]
+    job = job_of(run_dir)
+    assert (job["starts"], job["state"], job["exit_code"]) == (2, "ended", 0)
+    assert steps_of(run_dir) == list(range(1, 121))
+    weights = "final/adapter_model.safetensors"
+    assert (run_dir / weights).read_bytes() == (tmp_path / "runs/undisturbed" / weights).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_on_a_node_that_dies_goes_on_from_its_checkpoint_on_another(slurm: SlurmCluster, tmp_path):
+    words = ("training.max_steps=300", "training.save_steps=10", "evaluation=off", "training.logging_steps=1")
+    driver = start(slurm, tmp_path, *SLURM, *words, "name=moved")
+    run_dir = tmp_path / "runs/moved"
+    wait_for_steps(run_dir, 15)
+    first = job_of(run_dir)["host"]
+
+    slurm.kill_node(first)
+    try:
+        output = driver.communicate(timeout=400)[0]
+    finally:
+        slurm.start_node(first)
+
+    assert driver.returncode == 0, output
+    job = job_of(run_dir)
+    assert (job["starts"], job["state"]) == (2, "ended")
+    assert job["host"] != first
+    assert steps_of(run_dir) == list(range(1, 301))
+    assert "a new run" not in output[output.index("queued  ", 10) :]
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_after_its_node_was_given_up_is_not_run_twice(slurm: SlurmCluster, tmp_path):
+    driver = start(slurm, tmp_path, *SLURM, *LONG[1:], "training.max_steps=400", "name=silent")
+    run_dir = tmp_path / "runs/silent"
+    wait_for_steps(run_dir, 3)
+    first = job_of(run_dir)["host"]
+
+    slurm.kill_daemon(first)
+    try:
+        output = driver.communicate(timeout=400)[0]
+    finally:
+        slurm.start_node(first)
+
+    assert driver.returncode == 0, output
+    assert json.loads((run_dir / "result.json").read_text())["status"] == "completed"
+    assert steps_of(run_dir) == list(range(1, 401))
+
+
+def test_ctrl_c_leaves_the_jobs_to_themselves_and_the_same_command_finds_them(slurm: SlurmCluster, tmp_path):
+    words = (*SLURM, *LONG, "name=left")
+    driver = start(slurm, tmp_path, *words)
+    run_dir = tmp_path / "runs/left"
+    wait_for_steps(run_dir, 1)
+
+    driver.send_signal(signal.SIGINT)
+    output = driver.communicate(timeout=60)[0]
+
+    assert driver.returncode == 130
+    assert "detached: the jobs go on." in output
+    for hint in ("llmkit jobs watch runs/left", "llmkit jobs logs runs/left -f", "llmkit jobs cancel runs/left"):
+        assert hint in output
+    job_id = job_of(run_dir)["job_id"]
+    assert slurm.states()[job_id] == "RUNNING"
+
+    again = start(slurm, tmp_path, *words)
+    wait_until(lambda: len(slurm.states()) >= 1, "", 1)
+    assert again.stdout is not None
+    assert f"job     {job_id} runs runs/left already (running)" in again.stdout.readline()
+    slurm.ask("scancel", job_id)
+    rest = again.communicate(timeout=60)[0]
+    assert again.returncode == 75, rest
+    assert job_of(run_dir)["starts"] == 1  # what is cancelled is not queued again
+
+
+def test_a_sweep_that_nobody_waits_for_is_not_queued_twice(slurm: SlurmCluster, run_llmkit, tmp_path):
+    words = ("train", *SLURM, "launcher.wait=false", *LONG, "-m", "lora.r=2,4", "name=later")
+
+    first = run_llmkit(*words, env=slurm.environment)
+    second = run_llmkit(*words, env=slurm.environment)
+
+    jobs = slurm.states()
+    slurm.ask("scancel", *jobs)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "llmkit jobs collect runs/later" in first.stdout
+    assert second.stdout.count("is at it already") == 2
+    assert len(jobs) == 2
+    wait_until(lambda: not slurm.states(), slurm.told, 60)
+
+
+def test_a_wrong_partition_is_refused_with_those_there_are(slurm: SlurmCluster, run_llmkit, tmp_path):
+    done = run_llmkit("train", *SLURM, "launcher.partition=mian", env=slurm.environment)
+
+    assert done.returncode == 2
+    assert "launcher.partition=mian: this cluster has main, other. Did you mean 'main'?" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("sweep", [(), ("-m", "lora.r=2,4")], ids=["run", "sweep"])
+def test_what_slurm_refuses_leaves_nothing_queued_and_no_run(slurm: SlurmCluster, run_llmkit, tmp_path, sweep):
+    done = run_llmkit("train", *SLURM, "launcher.mem_gb=500", "name=large", *sweep, env=slurm.environment)
+
+    assert done.returncode == 2
+    assert "Slurm refuses the job: Memory specification can not be satisfied" in done.stderr
+    assert list((tmp_path / "runs").glob("**/config.yaml")) == []
+    assert not slurm.states()
+
+
+def test_gpus_that_no_node_has_are_refused(slurm: SlurmCluster, run_llmkit):
+    done = run_llmkit("train", *SLURM, "launcher.gpus_per_node=1", env=slurm.environment)
+
+    assert done.returncode == 2
+    assert "launcher.gpus_per_node=1: there are no GPUs" in done.stderr
+
+
+def test_what_would_fail_on_the_node_is_found_before_anything_is_queued(slurm: SlurmCluster, run_llmkit, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("not json\n")
+    words = ("train", *SLURM, "launcher.preflight=true", f"data.path={bad}", "model=tiny", "-m", "lora.r=2,4")
+
+    done = run_llmkit(*words, env=slurm.environment)
+
+    assert done.returncode == 2
+    assert done.stderr.count(f"{bad}, line 1: not JSON") == 1  # the data is looked at once
+    assert "Nothing was queued" in done.stderr
+    assert not slurm.states()
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_a_model_that_cannot_be_had_is_found_before_anything_is_queued(slurm: SlurmCluster, run_llmkit):
+    done = run_llmkit("train", *SLURM, "launcher.preflight=true", "model=org/none", env=slurm.environment)
+
+    assert done.returncode == 2
+    assert "org/none is not in the local cache and the hub cannot be reached" in done.stderr
+
+
+def test_an_adapter_that_cannot_be_served_as_asked_is_found_before_anything_is_queued(slurm: SlurmCluster, run_llmkit):
+    words = ("launcher.preflight=true", "lora.use_dora=true", "serve.adapter=unmerged")
+
+    done = run_llmkit("train", *SLURM, *words, env=slurm.environment)
+
+    assert done.returncode == 2
+    assert "serve.adapter=unmerged: vLLM does not serve DoRA beside a base" in done.stderr
+
+
+def test_slurm_is_asked_for_what_the_config_says(slurm: SlurmCluster, run_llmkit, tmp_path):
+    words = ("launcher.time=1-02:00:00", "launcher.mem_gb=1.5", "launcher.partition=other", "launcher.wait=false")
+    more = ("launcher.setup=[export SEEN=yes]", "launcher.additional_parameters.comment=ours", "training.max_steps=1")
+
+    done = run_llmkit("train", *SLURM, *words, *more, "evaluation=off", "name=asked", env=slurm.environment)
+
+    assert done.returncode == 0, done.stderr
+    job = slurm.ask("scontrol", "--oneliner", "show", "job", job_of(tmp_path / "runs/asked")["job_id"])
+    for fact in ("TimeLimit=1-02:00:00", "MinMemoryNode=1.50G", "Partition=other", "Comment=ours", "Requeue=1"):
+        assert fact in job.replace("1536M", "1.50G")
+    script = next((tmp_path / "runs/asked/slurm").glob("*_submission.sh")).read_text()
+    assert script.index("export SEEN=yes") < script.index("srun ")
+    wait_until(lambda: not slurm.states(), slurm.told, 120)
+
+
+def test_the_nodes_of_a_job_agree_on_where_they_meet(slurm: SlurmCluster, tmp_path):
+    program = "from llmkit.launchers.slurm_job import place; print(place())"
+    command = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-c", program]
+    env = os.environ | {"PYTHONPATH": str(CHECKOUT)} | slurm.environment
+
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
+
+    places = sorted(done.stdout.splitlines())
+    assert [re.search(r"rank=(\d), nodes=2", one)[1] for one in places] == ["0", "1"]
+    (meeting,) = {re.search(r"rendezvous='(127\.0\.0\.1|node1):(\d+)'", one)[0] for one in places}
+    assert 20000 <= int(re.search(r":(\d+)'", meeting)[1]) < 30000
+
+
+def test_without_slurm_the_message_says_where_to_start(run_llmkit, tmp_path):
+    done = run_llmkit("train", "launcher=slurm", env={"PATH": str(tmp_path)})
+
+    assert done.returncode == 2
+    assert "launcher=slurm: there is no sbatch here" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        ((), None),
+        (("launcher.python=env/bin/python",), "env/bin/python"),
+        (
+            ("launcher.container=image.sif", "launcher.container_args=[--nv]"),
+            "apptainer exec --nv image.sif python",
+        ),
+        (("launcher.container=image.sqsh", "launcher.container_runtime=pyxis"), "python"),
+    ],
+)
+def test_python_on_the_nodes_is_this_one_or_that_of_a_container(compose, words, command):
+    from llmkit.launchers.slurm import python_command
+
+    assert python_command(compose("launcher=slurm", *words).launcher) == command
+
+
+@pytest.mark.parametrize("time", ["90", "1:30:00", "2-12", "2-12:00:00"])
+def test_times_are_those_of_sbatch(compose, time):
+    assert str(compose("launcher=slurm", f"launcher.time={time}").launcher.time) == time
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("launcher.time=2h", "launcher.time=2h: minutes"),
+        ("launcher.additional_parameters={--mail-type: END}", "without dashes, mail-type"),
+        ("launcher.container_runtime=docker", "must be one of apptainer"),
+        ("launcher.max_parallel=2", "launcher.max_parallel: the chosen launcher has no such setting"),
+    ],
+)
+def test_what_slurm_would_not_understand_is_refused(run_llmkit, word, message):
+    done = run_llmkit("train", "launcher=slurm", word)
+
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_hydras_word_for_a_launcher_is_another_for_ours(compose):
+    assert compose("hydra/launcher=slurm", "launcher.qos=high").launcher.qos == "high"

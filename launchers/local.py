@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from llmkit import rundir
 from llmkit.config import TrainConfig, save
+from llmkit.config.resolve import in_group
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_WRONG_INPUT, ConfigError
 from llmkit.hangup import keep_output
 from llmkit.launchers.job_record import RUNNING, JobRecord, now
@@ -104,7 +105,7 @@ def start_worker(
     if lock:
         environment["LLMKIT_LOCK_FD"] = str(lock.fileno())
     command = [sys.executable, "-m", "llmkit.worker", str(run_dir)]
-    if hardware.num_processes * hardware.num_nodes > 1:
+    if in_group(config):
         command[2] = "llmkit.node"
     if hardware.rendezvous and hardware.num_nodes > 1:
         command += ["--node-rank", str(hardware.node_rank), "--rendezvous", hardware.rendezvous]

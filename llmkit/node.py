@@ -21,6 +21,7 @@ from typing import Any
 from llmkit import failure, rundir, worker
 from llmkit.cli import print_error
 from llmkit.config import TrainConfig, load
+from llmkit.config.resolve import in_group
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, LlmkitError
 from llmkit.failure import Failure
 from llmkit.hangup import keep_output
@@ -40,8 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     except LlmkitError as error:
         print_error(error)
         return error.exit_code
-    hardware = config.hardware
-    if hardware.num_processes * hardware.num_nodes == 1:
+    if not in_group(config):
         return worker.main([str(words.run_dir)])
     first = words.node_rank == 0
     try:

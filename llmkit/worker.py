@@ -96,6 +96,11 @@ def _settle_in(config: TrainConfig) -> None:
     os.environ.update(config.hardware.env)
     hide_unused_libraries(config)
     _quiet_libraries()
+    if config.deepspeed.stage:
+        # It would ask for a GPU first and warn; and Accelerate warns of a number that is DeepSpeed's to know.
+        if os.environ.get("LLMKIT_RANKS") == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
 
 
 def _train(config: TrainConfig, run_dir: Path, stop: StopRequest) -> dict[str, Any]:

@@ -66,13 +66,14 @@ class Reporting(TrainerCallback):
 
 
 class AtBegin(TrainerCallback):
-    """Does something once the trainer has made all ready, before the first step."""
+    """Does something, in order, once the trainer has made all ready, before the first step."""
 
-    def __init__(self, do: Callable[[], None]):
-        self.do = do
+    def __init__(self, *do: Callable[[], None]):
+        self.do = list(do)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.do()
+        for one in self.do:
+            one()
 
 
 class Samples(TrainerCallback):

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from llmkit.config import TrainConfig
+from llmkit.config.resolve import device_count
 from llmkit.data.prepare import PreparedData, Split
 from llmkit.errors import ConfigError
 from llmkit.model.context import settle_lengths
@@ -108,13 +109,16 @@ def state_facts(
     rows = len(train.dataset)
     steps = total_steps(training, rows)
     batch = f"{training.per_device_train_batch_size} at a time x {training.gradient_accumulation_steps}"
+    processes = device_count(config)
+    batch += f" x {processes} processes" if processes > 1 else ""
     console.fact(
         "steps",
         f"{steps:,} of {training.global_batch_size} {'examples' if rows == len(train) else 'sequences'} ({batch}), "
         f"about {steps / steps_per_pass(training, rows):.1f} passes; learning rate {training.learning_rate:g}, "
         f"{training.lr_scheduler_type}; gradient checkpointing {'on' if training.gradient_checkpointing else 'off'}",
     )
-    console.fact("device", f"{device_name(device)}, {_dtypes(model, precision)}, attention {attention(model)}")
+    each = f"{processes} x " if processes > 1 else ""
+    console.fact("device", f"{each}{device_name(device)}, {_dtypes(model, precision)}, attention {attention(model)}")
     _state_memory(config, model, console, device)
 
 

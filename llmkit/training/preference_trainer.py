@@ -19,7 +19,7 @@ from llmkit.training.console import RunConsole
 from llmkit.training.memory import in_units
 from llmkit.training.preferences import batches, evaluating
 from llmkit.training.rank_batches import Blank
-from llmkit.training.ranks import gathering_uneven, of_each_rank
+from llmkit.training.ranks import gathered, gathering_uneven, of_each_rank
 from llmkit.training.reference import (
     ADAPTER,
     REFERENCE,
@@ -94,14 +94,17 @@ class PreferenceTrainer(RunMixin, DPOTrainer):
         """
         size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
         found = []
+        first, last = self._share(len(dataset))
         with evaluating(self.model):
-            for batch in batches(self, dataset, size):
-                found.append(self.compute_ref_log_probs(self.model, batch))
-                precomputed(name, min(len(found) * size, len(dataset)), len(dataset))
-        file = Path(self.args.output_dir) / f"reference-{name}.arrow"  # goes when the run is finished
+            for batch in batches(self, dataset.select(range(first, last)), size):
+                found.append(torch.stack(self.compute_ref_log_probs(self.model, batch)).float().cpu())
+                precomputed(name, min(len(found) * size, last - first), last - first)
+        own = torch.cat(found, dim=1).numpy() if found else np.empty((2, 0), dtype=np.float32)
+        # Goes when the run is finished.
+        file = Path(self.args.output_dir) / f"reference-{name}-{self.args.process_index}.arrow"
         file.parent.mkdir(parents=True, exist_ok=True)
         columns = ("ref_chosen_logps", "ref_rejected_logps")
-        values = [torch.cat(side).float().cpu().numpy() for side in zip(*found, strict=True)]
+        values = np.concatenate(gathered(own), axis=1)
 
         def add(_: dict[str, Any], indices: list[int]) -> dict[str, np.ndarray]:
             return {column: side[indices] for column, side in zip(columns, values, strict=True)}
@@ -115,6 +118,11 @@ class PreferenceTrainer(RunMixin, DPOTrainer):
             load_from_cache_file=False,  # an earlier, interrupted run may have left half of it
             new_fingerprint=f"{dataset._fingerprint}-reference",
         )
+
+    def _share(self, rows: int) -> tuple[int, int]:
+        """The rows that this rank asks the reference about: from the first to before the last."""
+        rank, ranks = self.args.process_index, self.args.world_size
+        return rank * rows // ranks, (rank + 1) * rows // ranks
 
     def _precompute_ref_logps(self, dataset: datasets.Dataset, name: str, batch_size: int) -> datasets.Dataset:
         return dataset  # see _with_reference

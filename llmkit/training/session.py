@@ -73,12 +73,15 @@ class Session:
             (run_dir / rundir.NON_FINITE_BATCH).unlink(missing_ok=True)
             self.tracker = start_tracker(config, run_dir, run_id=self.saves.earlier.get("tracker"))
         self.generator = AnswerGenerator(
-            trainer.model, self.tokenizer, max_new_tokens=config.evaluation.max_new_tokens, autocast=ready.autocast
+            trainer.model,
+            self.tokenizer,
+            max_new_tokens=config.evaluation.max_new_tokens,
+            autocast=ready.autocast,
+            synced=is_sharded(trainer),
         )
         prompts = questions(self.data.validation or self.data.train, config.evaluation.samples)
         trainer.remove_callback(PrinterCallback)
         self.engine: str | None = None
-        trainer.add_callback(AtBegin(self._state_engine))
         trainer.add_callback(Reporting(self.metrics, console, self.tracker))
         trainer.add_callback(Samples(self.generator, prompts, run_dir, console, self.tracker, goes_on=goes_on))
         self.best: BestWeights | None = None
@@ -86,6 +89,8 @@ class Session:
             self.best = BestWeights(trainer.model, run_dir, goes_on=goes_on)
             trainer.add_callback(self.best)
         self.saves.begin(trainer, stop, self.metrics, self.tracker)
+        self._at_begin = AtBegin(self._state_engine)
+        trainer.add_callback(self._at_begin)
         if self.tracker.where:
             console.fact("tracking", self.tracker.where)
 
@@ -108,7 +113,7 @@ class Session:
         if self.saves.origin or not self.config.evaluation.baseline:
             return
         if is_sharded(self.trainer):  # there is no model to measure before the engine has it
-            self.trainer.add_callback(AtBegin(self._measure_base))
+            self._at_begin.do.append(self._measure_base)
         else:
             self._measure_base()
 
@@ -121,9 +126,10 @@ class Session:
 
     def _state_engine(self) -> None:
         self.engine = engine_in_use(self.trainer)
-        if self.trainer.args.world_size > 1:
-            assert self.engine != "single", "each process would train for itself"
-            self.console.fact("engine", f"{self.engine}, {self.trainer.args.world_size} processes")
+        processes = self.trainer.args.world_size
+        assert processes == 1 or self.engine != "single", "each process would train for itself"
+        if self.engine != "single":
+            self.console.fact("engine", f"{self.engine}, {processes} process{'es' if processes > 1 else ''}")
 
     def train(self) -> None:
         """Train to the end, or to the step at which a stop was asked for; every checkpoint is then on the disk."""

@@ -18,7 +18,7 @@ from llmkit.training.checkpoints.contents import collect, load_weights, state_fi
 from llmkit.training.checkpoints.saving import CheckpointWriter
 from llmkit.training.longest_batch import row_lengths
 from llmkit.training.rank_batches import Blank, EvaluationBatches, StepBatches, rank_loader
-from llmkit.training.ranks import any_rank
+from llmkit.training.ranks import any_rank, is_main
 from llmkit.training.stopping import StopRequest
 
 # fp16's loss scaler overflows by design while it looks for its scale; this many times in a row is a divergence.
@@ -131,6 +131,7 @@ class RunMixin:
     def _stop_at_non_finite(self, grad_norm: float) -> None:
         losses = [float(loss) for _, loss in self._batches_of_step]
         bad = [batch for batch, loss in zip(self._batches_of_step, losses, strict=True) if not math.isfinite(loss)]
+        (a_loss,) = any_rank(bool(bad), device=self.args.device)
         step = self.state.global_step + 1
         record = {
             "step": step,
@@ -146,8 +147,9 @@ class RunMixin:
             ],
         }
         path = self.run_dir / rundir.NON_FINITE_BATCH
-        path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        what = "loss" if bad else "gradient"
+        if bad or (is_main() and not a_loss):  # of several ranks, one that had a hand in it
+            path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        what = "loss" if a_loss else "gradient"
         raise NonFiniteError(
             f"step {step}: the {what} is not a finite number (loss {losses}, gradient norm {grad_norm}). "
             f"The batch is in {path}. Try a lower training.learning_rate, more training.warmup_steps, a smaller "

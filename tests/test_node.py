@@ -46,6 +46,7 @@ def start(tmp_path):
         for one in family:
             one.kill()
         process.wait()
+        process.stdout.close()
 
 
 def wait_for(what, seconds=120):

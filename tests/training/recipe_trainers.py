@@ -52,13 +52,13 @@ def make_trainer(
     GradientState._reset_state()
     PartialState._reset_state()
     run_dir.mkdir(exist_ok=True)
-    device, precision, *_ = complete_config(config, run_dir)
+    device, precision, *_ = complete_config(config)
     set_seed(config.seed)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model())
     dtype = loading_dtype(config, precision)
     model: Any = load_model(config.model, dtype=dtype, device=device, quantization=None, precision=precision)
     model = apply_method(model, config, precision)
-    settle_gradient_checkpointing(config, model, run_dir)
+    settle_gradient_checkpointing(config, model)
     settings = training_arguments(
         config,
         output_dir=run_dir / "checkpoints",

@@ -42,10 +42,8 @@ def test_a_stopped_run_goes_on_and_ends_as_one_that_nobody_disturbed(stopped, tm
     assert go_on_to_the_end(run_dir, ranks, reference) == []
 
 
-def test_what_deepspeed_writes_from_two_ranks_is_committed(tmp_path, tiny_model_dir, monkeypatch):
+def test_what_deepspeed_writes_from_two_ranks_is_committed(tmp_path, tiny_model_dir):
     pytest.importorskip("deepspeed")
-    # DeepSpeed compiles an operation at first use. Killed meanwhile, it leaves a lock for which the next one waits.
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     run_dir = new_run(tmp_path, "deepspeed=zero2", "training.max_steps=3", "training.save_steps=2")
 
     finish(run_dir, 2, steps=3)

@@ -304,6 +304,7 @@ def test_times_are_those_of_sbatch(compose, time):
     [
         ("launcher.time=2h", "launcher.time=2h: minutes"),
         ("launcher.additional_parameters={--mail-type: END}", "without dashes, mail-type"),
+        ("launcher.gpus_per_node=4", "launcher.gpus_per_node=4: a process takes one GPU"),
         ("launcher.container_runtime=docker", "must be one of apptainer"),
         ("launcher.max_parallel=2", "launcher.max_parallel: the chosen launcher has no such setting"),
     ],

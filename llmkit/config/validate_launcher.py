@@ -20,8 +20,8 @@ def launcher_problems(config: TrainConfig) -> list[str]:
     gpus, processes = launcher.gpus_per_node, config.hardware.num_processes
     if gpus is not None and gpus != processes and (gpus or config.hardware.device == "cuda"):
         problems.append(
-            f"launcher.gpus_per_node={gpus}: a process takes one GPU, and hardware.num_processes={processes}; set that, "
-            "and leave launcher.gpus_per_node out."
+            f"launcher.gpus_per_node={gpus}: a process takes one GPU, and hardware.num_processes={processes}; set "
+            "that, and leave launcher.gpus_per_node out."
         )
     for key in launcher.additional_parameters:
         if key.startswith("-"):

@@ -103,6 +103,21 @@ def test_a_preempted_run_saves_is_queued_again_and_ends_as_if_undisturbed(
 
 
 @pytest.mark.slow
+def test_one_preempted_job_of_a_sweep_is_queued_again_alone(slurm: SlurmCluster, tmp_path):
+    words = ("training.max_steps=80", "evaluation=off", "training.logging_steps=1")
+    driver = start(slurm, tmp_path, *SLURM, *words, "-m", "lora.r=2,4", "name=s")
+    first, second = tmp_path / "runs/s/r=2", tmp_path / "runs/s/r=4"
+    wait_for_steps(first, 5)
+    slurm.ask("scancel", "--signal=USR2", job_of(first)["job_id"])
+    output = driver.communicate(timeout=300)[0]
+
+    assert driver.returncode == 0, output
+    assert [job["status"] for job in sweep_of(tmp_path / "runs/s")] == ["completed"] * 2
+    assert (job_of(first)["starts"], job_of(second)["starts"]) == (2, 1)
+    assert steps_of(first) == list(range(1, 81))
+
+
+@pytest.mark.slow
 def test_a_run_on_a_node_that_dies_goes_on_from_its_checkpoint_on_another(slurm: SlurmCluster, tmp_path):
     words = ("training.max_steps=300", "training.save_steps=10", "evaluation=off", "training.logging_steps=1")
     driver = start(slurm, tmp_path, *SLURM, *words, "name=moved")

@@ -93,6 +93,7 @@ $(STAMPS)/dev: requirements/dev.txt $(STAMPS)/llmkit
 # DeepSpeed's own build imports torch, so it must not be isolated from it.
 $(STAMPS)/deepspeed: requirements/deepspeed.txt $(STAMPS)/llmkit
 	$(LAYER) --no-build-isolation
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) requirements/compile_deepspeed.py
 	@touch $@
 
 $(STAMPS)/eval: requirements/eval.txt $(STAMPS)/llmkit

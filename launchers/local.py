@@ -2,18 +2,20 @@
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from llmkit import rundir
-from llmkit.config import TrainConfig
-from llmkit.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_WRONG_INPUT, ConfigError
+from llmkit.config import TrainConfig, save
+from llmkit.config.resolve import in_group
+from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_WRONG_INPUT, ConfigError
 from llmkit.hangup import keep_output
 from llmkit.launchers.job_record import RUNNING, JobRecord, now
 from llmkit.launchers.prepare import is_finished, prepare
@@ -24,15 +26,17 @@ from llmkit.training.stopping import ECHO, SIGNALS
 
 def run_here(config: TrainConfig, run_dir: Path) -> int:
     """Run one config to its end on this terminal; returns the worker's exit code."""
+    if config.hardware.node_rank:
+        return _take_part(config, run_dir)
     if is_finished(config, run_dir):
         return EXIT_DONE
     if config.launcher.max_parallel is not None:
         print("warning: launcher.max_parallel has no effect on a single run; it is for sweeps (-m).", file=sys.stderr)
-    # One process trains on one device; TRL refuses a process that sees several.
-    gpus = [] if config.hardware.device == "cpu" else _visible_gpus()
-    env = {"CUDA_VISIBLE_DEVICES": gpus[0]} if gpus else {}
+    env = _devices(config, [] if config.hardware.device == "cpu" else _visible_gpus())
     with prepare(config, run_dir) as lock, _forwarded_signals(run_dir / rundir.CONSOLE) as workers:
-        worker = start_worker(run_dir, lock=lock, env=env)
+        for line in _other_machines(config, run_dir):
+            print(line, flush=True)
+        worker = start_worker(config, run_dir, lock=lock, env=env)
         _record(run_dir, worker)
         workers.add(worker)
         code = _exit_code(worker.wait(), run_dir, stopped=workers.stopped)
@@ -41,17 +45,76 @@ def run_here(config: TrainConfig, run_dir: Path) -> int:
     return code
 
 
+def _take_part(config: TrainConfig, run_dir: Path) -> int:
+    """This machine's part of a run that belongs to another machine, whose directory it leaves to that one."""
+    env = _devices(config, [] if config.hardware.device == "cpu" else _visible_gpus())
+    own = run_dir / rundir.RANKS / f"node-{config.hardware.node_rank}"
+    own.mkdir(parents=True, exist_ok=True)
+    save(config, own)
+    number = (config.hardware.node_rank or 0) + 1
+    print(f"{'machine':<10} {number} of {config.hardware.num_nodes}; logs in {own.parent}", flush=True)
+    with _forwarded_signals(own / rundir.CONSOLE) as workers:
+        worker = start_worker(config, run_dir, env=env)
+        workers.add(worker)
+        code = worker.wait()
+    return code if code >= 0 else EXIT_PREEMPTED if workers.stopped else EXIT_FAILED
+
+
+def _other_machines(config: TrainConfig, run_dir: Path) -> list[str]:
+    """What to type on the other machines of the run."""
+    if config.hardware.num_nodes == 1:
+        return []
+    command = shlex.join(["llmkit", "train", str(run_dir.absolute() / rundir.CONFIG)])
+    return [
+        f"machine {rank + 1} of {config.hardware.num_nodes}: {command} hardware.node_rank={rank} "
+        f"run_dir={run_dir.absolute()}"
+        for rank in range(1, config.hardware.num_nodes)
+    ]
+
+
+def _devices(config: TrainConfig, gpus: Sequence[str]) -> dict[str, str]:
+    """The variables that give a run its GPUs, one for each process; none where there are no GPUs.
+
+    Raises ConfigError if there are fewer.
+    """
+    wanted = config.hardware.num_processes
+    if not gpus:
+        return {}
+    if wanted > len(gpus):
+        raise ConfigError(
+            f"hardware.num_processes={wanted}: there are {len(gpus)} GPUs for it here ({', '.join(gpus)}), "
+            f"one for each process; use at most {len(gpus)}, more machines (hardware.num_nodes=), or hardware=cpu."
+        )
+    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[:wanted])}
+
+
 def start_worker(
-    run_dir: Path, *, lock: IO[str], env: dict[str, str] | None = None, output: IO[Any] | None = None
+    config: TrainConfig,
+    run_dir: Path,
+    *,
+    lock: IO[str] | None = None,
+    env: dict[str, str] | None = None,
+    output: IO[Any] | None = None,
 ) -> subprocess.Popen:
-    """Start `llmkit.worker` on a prepared run directory; it inherits the lock.
+    """Start `llmkit.node` (of one process: `llmkit.worker`) on a prepared run directory; it inherits the lock.
 
     Its own process group, so that Ctrl-C reaches it once, from the driver, and not twice.
     """
+    hardware = config.hardware
+    environment = worker_environment() | (env or {})
+    if lock:
+        environment["LLMKIT_LOCK_FD"] = str(lock.fileno())
+    command = [sys.executable, "-m", "llmkit.worker", str(run_dir)]
+    if in_group(config):
+        command[2] = "llmkit.node"
+    if hardware.rendezvous and hardware.num_nodes > 1:
+        command += ["--node-rank", str(hardware.node_rank), "--rendezvous", hardware.rendezvous]
+    if hardware.node_rank:
+        command += ["--config", str(run_dir / rundir.RANKS / f"node-{hardware.node_rank}")]
     return subprocess.Popen(
-        [sys.executable, "-m", "llmkit.worker", str(run_dir)],
-        env=worker_environment() | {"LLMKIT_LOCK_FD": str(lock.fileno())} | (env or {}),
-        pass_fds=(lock.fileno(),),
+        command,
+        env=environment,
+        pass_fds=(lock.fileno(),) if lock else (),
         process_group=0,
         stdin=subprocess.DEVNULL,
         stdout=output,
@@ -144,7 +207,7 @@ class _Running:
     process: subprocess.Popen
     lock: IO[str]
     output: IO[str]
-    device: str | None
+    devices: list[str | None]
 
 
 def run_all(sweep: Sweep) -> None:
@@ -157,24 +220,28 @@ def run_all(sweep: Sweep) -> None:
     slots = devices or [None]
     if first.launcher.max_parallel:
         slots = [slots[i % len(slots)] for i in range(first.launcher.max_parallel)]
+    total = len(slots)
     threads = max(len(os.sched_getaffinity(0)) // len(slots), 1) if not devices else None
     running: list[_Running] = []
     with _forwarded_signals(sweep.directory / rundir.CONSOLE) as workers:
         while running or (waiting and not workers.stopped):
             while waiting and slots and not workers.stopped:
+                wanted = min(waiting[0].config.hardware.num_processes, total) if devices else 1
+                if wanted > len(slots):
+                    break
                 job = waiting.pop(0)
                 try:
-                    running.append(_start(job, slots[0], threads))
+                    running.append(_start(job, slots[:wanted], threads))
                 except ConfigError as error:
                     sweep.fail(job, str(error))
                     continue
-                del slots[0]
+                del slots[:wanted]
                 workers.add(running[-1].process)
                 sweep.record(job, status="running")
             for run in [run for run in running if run.process.poll() is not None]:
                 running.remove(run)
                 workers.remove(run.process)
-                slots.append(run.device)
+                slots += run.devices
                 run.lock.close()
                 run.output.close()
                 _exit_code(run.process.returncode, run.job.run_dir, stopped=workers.stopped)
@@ -182,16 +249,16 @@ def run_all(sweep: Sweep) -> None:
             time.sleep(0.05)
 
 
-def _start(job: Job, device: str | None, threads: int | None) -> _Running:
+def _start(job: Job, devices: list[str | None], threads: int | None) -> _Running:
+    env = _devices(job.config, [device for device in devices if device is not None])
     lock = prepare(job.config, job.run_dir)
     output = open(job.run_dir / rundir.CONSOLE, "a", encoding="utf-8")  # noqa: SIM115 - closed when the job ends
-    env = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
     if threads and "OMP_NUM_THREADS" not in os.environ:
         # Two jobs with a thread per core each wait for one another at every operation: seen 100 times slower.
         env["OMP_NUM_THREADS"] = str(threads)
-    worker = start_worker(job.run_dir, lock=lock, env=env, output=output)
+    worker = start_worker(job.config, job.run_dir, lock=lock, env=env, output=output)
     _record(job.run_dir, worker)
-    return _Running(job, worker, lock, output, device)
+    return _Running(job, worker, lock, output, devices)
 
 
 def _record(run_dir: Path, worker: subprocess.Popen) -> None:

@@ -56,8 +56,10 @@ def run_on_node(run_dir: Path, place: Place, *, requeue: Callable[[], bool]) -> 
 
 def node_command(run_dir: Path, place: Place) -> list[str]:
     """The command that is one node of a run."""
-    words = ["--node-rank", str(place.rank), "--rendezvous", str(place.rendezvous)] if place.nodes > 1 else []
-    return [sys.executable, "-m", "llmkit.worker", str(run_dir), *words]
+    command = [sys.executable, "-m", "llmkit.node", str(run_dir)]
+    if place.rendezvous:
+        command += ["--node-rank", str(place.rank), "--rendezvous", place.rendezvous]
+    return command
 
 
 class _Job:

@@ -11,6 +11,7 @@ from llmkit.errors import ConfigError
 from llmkit.training.checkpoints.manifest import latest
 from llmkit.training.checkpoints.mirror import publish
 from llmkit.training.checkpoints.remote import RemoteRun, run_place
+from llmkit.training.resuming import check_processes
 
 
 def finished_result(config: TrainConfig, run_dir: Path) -> dict | None:
@@ -30,6 +31,8 @@ def finished_result(config: TrainConfig, run_dir: Path) -> dict | None:
     if changed and (finished or _has_trained(run_dir)):
         what = f"{run_dir} holds {'a finished' if finished else 'an unfinished'} run"
         raise other_config(what, changed, go_on=latest(run_dir) is not None)
+    if saved := latest(run_dir):
+        check_processes(config, saved)
     if finished and _goes_further(earlier, config, run_dir):
         return None
     return result if finished else None

@@ -24,6 +24,9 @@ class ConfigError(LlmkitError):
         self.problems = list(dict.fromkeys(problems))
         super().__init__("\n".join(self.problems))
 
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+        return type(self), tuple(self.problems)  # else a copy in another process knows of one problem only
+
 
 class DataError(ConfigError):
     """A data file or row that cannot be used: names the file, the row and the columns."""

@@ -5,6 +5,8 @@ import os
 import signal
 import sys
 
+from llmkit.errors import EXIT_PREEMPTED
+
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -13,3 +15,12 @@ def die_with_parent(parent: int, sent: signal.Signals) -> bool:
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, sent)
     return os.getppid() == parent
+
+
+def stop_with_driver() -> None:
+    """Have this process asked to stop when its driver (LLMKIT_DRIVER) dies, so that no run goes on unseen (Linux)."""
+    driver = os.environ.get("LLMKIT_DRIVER")
+    if driver is None or not sys.platform.startswith("linux"):
+        return
+    if not die_with_parent(int(driver), signal.SIGTERM):  # it died before we asked
+        sys.exit(EXIT_PREEMPTED)

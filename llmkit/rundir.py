@@ -19,6 +19,7 @@ CHECKPOINTS = "checkpoints"
 LOSS_PLOT = "loss.png"
 SAMPLES = "samples.jsonl"
 CONSOLE = "console.log"  # what is said where no terminal shows it
+RANKS = "ranks"  # the logs of all processes but the first
 DATA_AUDIT = "data_audit.json"
 PROBE = "probe.json"  # what a server of the model must reproduce
 BEST_WEIGHTS = ".best.safetensors"  # while the run goes on with training.final=best
@@ -48,6 +49,7 @@ RESULT_KEYS = (
     "peak_memory_bytes",
     "seconds",
     "device",
+    "engine",  # what holds the processes together: single, ddp, zero1 to zero3, fsdp2
     "device_seconds",
     "cost",
     "base_model",
@@ -92,7 +94,7 @@ def write_result(run_dir: Path, **known: Any) -> None:
 
 def discard_unused(run_dir: Path) -> None:
     """Remove a run directory in which nothing was trained: wrong input should leave nothing behind."""
-    if {path.name for path in run_dir.iterdir()} <= {CONFIG, RESULT, LOCK, JOB}:
+    if {path.name for path in run_dir.iterdir()} <= {CONFIG, RESULT, LOCK, RANKS, JOB}:
         shutil.rmtree(run_dir, ignore_errors=True)
 
 
@@ -142,3 +144,9 @@ def lock(run_dir: Path) -> IO[str]:
     file.write(f"process {os.getpid()} on {host()}")
     file.flush()
     return file
+
+
+def inherited_lock() -> IO[str] | None:
+    """The lock that the process which started this one has handed down (LLMKIT_LOCK_FD), if it has."""
+    descriptor = os.environ.pop("LLMKIT_LOCK_FD", None)
+    return os.fdopen(int(descriptor), "a", encoding="utf-8") if descriptor else None

@@ -1,5 +1,7 @@
 """Runs one written config: `python -m llmkit.worker RUN_DIR`. A launcher starts it; it dies with its driver.
 
+Where several processes train one model, each of them is such a worker, a rank of the group that `llmkit.node` starts.
+
 No argv is re-executed and nothing is composed here: what runs is what `RUN_DIR/config.yaml` says.
 """
 
@@ -18,19 +20,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmkit import rundir
+from llmkit import failure, rundir
 from llmkit.cli import print_error
 from llmkit.config import TrainConfig, load
-from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError, LlmkitError, Stopped
+from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError, LlmkitError
+from llmkit.failure import Failure
 from llmkit.hangup import keep_output
-from llmkit.processes import die_with_parent
+from llmkit.processes import die_with_parent, stop_with_driver
 from llmkit.remote import reach_with
-from llmkit.training.advice import is_out_of_memory, reason, untried_changes
 from llmkit.training.checkpoints.manifest import latest
 from llmkit.training.checkpoints.mirror import publish
 from llmkit.training.checkpoints.remote import RemoteRun, run_place
 from llmkit.training.stopping import SIGNALS, StopRequest
-from llmkit.training.versions import versions
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,46 +41,85 @@ def main(argv: list[str] | None = None) -> int:
         print("usage: python -m llmkit.worker RUN_DIR", file=sys.stderr)
         return ConfigError.exit_code
     run_dir = Path(argv[0])
+    if "LLMKIT_RANKS" in os.environ:
+        return _run_rank(run_dir)
     try:
-        _die_with_driver()
-        lock = _lock(run_dir)
+        stop_with_driver()
+        lock = rundir.inherited_lock() or rundir.lock(run_dir)
         config = load(run_dir)
     except LlmkitError as error:
         print_error(error)
         return error.exit_code
-    reach_with(config.storage)
     with lock:
-        os.environ.update(config.hardware.env)
-        hide_unused_libraries(config)
-        _quiet_libraries()
         keep_output(run_dir / rundir.CONSOLE)
-        return _run(config, run_dir)
+        stop = StopRequest().watch()
+        try:
+            _settle_in(config)
+            result = _train(config, run_dir, stop)
+        except Exception as error:
+            return end_in_failure(Failure.of(error, config), config, run_dir)
+        return _end(result, config, run_dir)
 
 
-def _run(config: TrainConfig, run_dir: Path) -> int:
-    stop = StopRequest().watch()
+def _run_rank(run_dir: Path) -> int:
+    """One of several processes of the run, started by `llmkit.node`, which tells of failures and holds the lock."""
+    number = int(os.environ["RANK"])
+    die_with_parent(os.getppid(), signal.SIGKILL)
+    failure.forget(run_dir, number)
+    if number:
+        log = os.open(run_dir / rundir.RANKS / f"rank-{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+    else:
+        keep_output(run_dir / rundir.CONSOLE)
+    config, stop = TrainConfig(), StopRequest().watch()
     try:
         with no_garbage_collection():
-            from llmkit.training.console import RunConsole
-
-            recipe = importlib.import_module(f"llmkit.recipes.{config.recipe}")
-        result = recipe.run(config, run_dir, RunConsole(), stop)
+            from llmkit.training import ranks
+        ranks.join(os.environ["LLMKIT_RANKS"])
+        config = ranks.on_main(lambda: load(run_dir))
+        _settle_in(config)
+        result = _train(config, run_dir, stop)
+        ranks.leave()
     except Exception as error:
-        message = _explain(error, config)
-        rundir.write_result(
-            run_dir,
-            status="stopped" if isinstance(error, Stopped) else "failed",
-            error=message,
-            objective_name=config.objective,
-            method=config.method.name,
-            versions=versions(),
-        )
-        if isinstance(error, LlmkitError):
-            print_error(error)
-            return _publish(config, run_dir, error.exit_code) if latest(run_dir) else error.exit_code
-        traceback.print_exc()
-        print(f"error: {message}", file=sys.stderr)
-        return _publish(config, run_dir, EXIT_FAILED) if latest(run_dir) else EXIT_FAILED
+        why = Failure.of(error, config, rank=number)
+        if why.exit_code != EXIT_PREEMPTED or number == 0:
+            why.leave(run_dir)
+        return why.exit_code if number == 0 or why.exit_code != EXIT_PREEMPTED else EXIT_DONE
+    # The first rank alone writes the result, and ends last: torchrun kills what is left when one exits in another way.
+    return _end(result, config, run_dir) if number == 0 else EXIT_DONE
+
+
+def _settle_in(config: TrainConfig) -> None:
+    """What has to be so before the libraries that train are imported."""
+    reach_with(config.storage)
+    os.environ.update(config.hardware.env)
+    hide_unused_libraries(config)
+    _quiet_libraries()
+    if config.deepspeed.stage:
+        # It would ask for a GPU first and warn; and Accelerate warns of a number that is DeepSpeed's to know.
+        if os.environ.get("LLMKIT_RANKS") == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
+
+
+def _train(config: TrainConfig, run_dir: Path, stop: StopRequest) -> dict[str, Any]:
+    with no_garbage_collection():
+        from llmkit.training.console import RunConsole
+
+        recipe = importlib.import_module(f"llmkit.recipes.{config.recipe}")
+    return recipe.run(config, run_dir, RunConsole(), stop)
+
+
+def end_in_failure(why: Failure, config: TrainConfig, run_dir: Path) -> int:
+    """Record and tell why a run has failed, and bring its copy elsewhere up to date; returns the exit code."""
+    why.record(config, run_dir)
+    why.tell()
+    return _publish(config, run_dir, why.exit_code) if latest(run_dir) else why.exit_code
+
+
+def _end(result: dict[str, Any], config: TrainConfig, run_dir: Path) -> int:
+    """Record the result, and do what is left to do with it; returns the exit code."""
     rundir.write_result(run_dir, **result)
     if result["status"] != "completed":
         return _publish(config, run_dir, EXIT_PREEMPTED)
@@ -111,7 +151,7 @@ def _merge(config: TrainConfig, run_dir: Path) -> int:
         print("error: the merge was stopped.", file=sys.stderr)
     except Exception as error:
         traceback.print_exc()
-        print(f"error: the merge failed: {_explain(error, config)}", file=sys.stderr)
+        print(f"error: the merge failed: {failure.explained(error, config)}", file=sys.stderr)
     else:
         return EXIT_DONE
     print(again, file=sys.stderr, flush=True)
@@ -158,28 +198,6 @@ def no_garbage_collection() -> Iterator[None]:
         gc.freeze()
         gc.enable()
     atexit.register(gc.unfreeze)  # else libraries in C++ report their objects as leaks at exit
-
-
-def _explain(error: Exception, config: TrainConfig) -> str:
-    if is_out_of_memory(error):
-        changes = "".join(f"\n  {change}" for change in untried_changes(config))
-        return f"out of memory: {reason(error)}.\nWhat may help, the cheapest first:{changes}"
-    return str(error) or type(error).__name__
-
-
-def _die_with_driver() -> None:
-    """Ask the kernel to end this process when its driver dies, so that no run goes on unseen (Linux)."""
-    driver = os.environ.get("LLMKIT_DRIVER")
-    if driver is None or not sys.platform.startswith("linux"):
-        return
-    if not die_with_parent(int(driver), signal.SIGTERM):  # it died before we asked
-        sys.exit(EXIT_PREEMPTED)
-
-
-def _lock(run_dir: Path) -> Any:
-    """The lock a launcher handed down, or our own."""
-    inherited = os.environ.pop("LLMKIT_LOCK_FD", None)
-    return os.fdopen(int(inherited), "a") if inherited else rundir.lock(run_dir)
 
 
 def hide_unused_libraries(config: TrainConfig) -> None:

@@ -129,12 +129,12 @@ def compose() -> Callable[..., Any]:
 RunLlmkit = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture
-def run_llmkit(tmp_path: Path) -> RunLlmkit:
-    """A function that runs `python -m llmkit ARGUMENTS` from this checkout, by default in the test's own directory."""
+@pytest.fixture(scope="session")
+def run_llmkit_in() -> RunLlmkit:
+    """A function that runs `python -m llmkit ARGUMENTS` from this checkout in a directory."""
 
     def run(
-        *arguments: str | Path, cwd: Path = tmp_path, env: dict[str, str] | None = None, timeout: float = 300
+        cwd: Path, *arguments: str | Path, env: dict[str, str] | None = None, timeout: float = 300
     ) -> subprocess.CompletedProcess[str]:
         path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
         return subprocess.run(
@@ -146,5 +146,15 @@ def run_llmkit(tmp_path: Path) -> RunLlmkit:
             timeout=timeout,
             check=False,
         )
+
+    return run
+
+
+@pytest.fixture
+def run_llmkit(tmp_path: Path, run_llmkit_in: RunLlmkit) -> RunLlmkit:
+    """The same, by default in the test's own directory."""
+
+    def run(*arguments: str | Path, cwd: Path = tmp_path, **options: Any) -> subprocess.CompletedProcess[str]:
+        return run_llmkit_in(cwd, *arguments, **options)
 
     return run

@@ -92,7 +92,7 @@ def _register_launchers(launchers: dict[str, type]) -> None:
 
 def groups_in_words() -> str:
     """The groups and their options, for `--help`."""
-    return "\n".join(f"  {group:<11}{', '.join(group_options(group))}" for group in group_names())
+    return "\n".join(f"  {group:<12}{', '.join(group_options(group))}" for group in group_names())
 
 
 def _explain(error: Exception) -> str:

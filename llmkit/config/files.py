@@ -20,6 +20,7 @@ NOT_COMPARED = (
     *("name", "run_dir", "resume", "resume_allow", "derived"),
     *("launcher", "checkpoint", "storage", "tracking", "serve", "export"),
     *("training.save_steps", "data.num_proc"),
+    *("hardware.node_rank", "hardware.rendezvous"),
     *("hardware.name", "hardware.memory_gib", "hardware.precisions", "hardware.price_per_hour"),
 )
 # What decides which weights there are: a checkpoint with others cannot be loaded.

@@ -97,6 +97,11 @@ def _absolute(value: Any) -> Any:
     return str(Path(value).absolute()) if Path(value).exists() or glob.glob(value, recursive=True) else value
 
 
+def in_group(config: TrainConfig) -> bool:
+    """Whether the run is one of a process group; DeepSpeed wants one of a single process too."""
+    return device_count(config) > 1 or config.deepspeed.stage > 0
+
+
 def device_count(config: TrainConfig) -> int:
     """Devices of the whole run."""
     return config.hardware.num_processes * config.hardware.num_nodes

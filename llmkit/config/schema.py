@@ -241,6 +241,17 @@ class DeepSpeedConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class DistributedConfig:
+    """How several processes share one model where DeepSpeed does not; see torch.distributed."""
+
+    name: str = setting(
+        "ddp", "Each process holds the whole model (ddp), or a part of it (fsdp2, on GPUs).", choices=("ddp", "fsdp2")
+    )
+    reshard_after_forward: bool = setting(True, "Free the parts of other processes after the forward pass too (fsdp2).")
+    cpu_offload: bool = setting(False, "Keep weights, gradients and optimizer state in host memory (fsdp2).")
+
+
+@dataclass(kw_only=True, slots=True)
 class HardwareConfig:
     name: str = setting("auto", "The option of the hardware group.")
     device: str = setting("auto", "Device kind; `auto`: a GPU where there is one.", choices=DEVICES)
@@ -250,6 +261,12 @@ class HardwareConfig:
     price_per_hour: float | None = setting(None, "Price of one device per hour, in your currency.", ge=0)
     num_processes: int = setting(1, "Processes (devices) per node.", ge=1)
     num_nodes: int = setting(1, "Machines.", ge=1)
+    node_rank: int | None = setting(
+        None, "Which of the machines this is, from 0; only where no scheduler starts them (launcher=local).", ge=0
+    )
+    rendezvous: str | None = setting(
+        None, "HOST:PORT on machine 0 where the machines find one another (launcher=local).", text=True
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -280,7 +297,7 @@ class TrainingConfig:
     global_batch_size: int | None = setting(
         None, "Examples per optimizer step over all devices; unset: 16, or what the two keys below make.", ge=1
     )
-    per_device_train_batch_size: int | None = setting(None, "Examples per device at a time (micro-batch).", ge=1)
+    per_device_train_batch_size: int | None = setting(None, "Examples per device and micro-batch, on average.", ge=1)
     gradient_accumulation_steps: int | None = setting(None, "Micro-batches per optimizer step.", ge=1)
     per_device_eval_batch_size: int | None = setting(
         None, "As above, in evaluation; unset: twice the micro-batch.", ge=1
@@ -412,6 +429,7 @@ class TrainConfig:
     dpo: Any = None
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -431,6 +449,7 @@ GROUPS: dict[str, type] = {
     "method": MethodConfig,
     "precision": PrecisionConfig,
     "deepspeed": DeepSpeedConfig,
+    "distributed": DistributedConfig,
     "hardware": HardwareConfig,
     "training": TrainingConfig,
     "checkpoint": CheckpointConfig,

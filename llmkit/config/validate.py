@@ -25,6 +25,7 @@ from llmkit.config.setting import is_legal, legal_values
 from llmkit.config.validate_data import data_problems, data_warnings
 from llmkit.config.validate_dpo import dpo_problems, dpo_warnings
 from llmkit.config.validate_launcher import launcher_problems, launcher_warnings
+from llmkit.config.validate_ranks import rank_problems, rank_warnings
 from llmkit.errors import ConfigError, did_you_mean
 from llmkit.storage.names import storage_problems
 
@@ -41,6 +42,7 @@ def validate(config: TrainConfig) -> None:
         *_model_problems(config),
         *data_problems(config),
         *_hardware_problems(config),
+        *rank_problems(config),
         *_objective_problems(config),
         *_training_problems(config),
         *_checkpoint_problems(config),
@@ -125,7 +127,8 @@ def warnings(config: TrainConfig) -> list[str]:
         for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
             if getattr(config.qlora, key) != getattr(QloraConfig(), key):
                 found.append(f"qlora.{key} has no effect with qlora.bits=8.")
-    return found + data_warnings(config) + dpo_warnings(config) + launcher_warnings(config)
+    found += [*data_warnings(config), *dpo_warnings(config), *rank_warnings(config)]
+    return found + launcher_warnings(config)
 
 
 def _same_disk(place: Path, other: Path) -> bool:
@@ -191,11 +194,6 @@ def _hardware_problems(config: TrainConfig) -> list[str]:
     problems = []
     if precision != "auto" and precision not in hardware.precisions:
         problems.append(f"precision={precision}: hardware={hardware.name} has {', '.join(hardware.precisions)}.")
-    if hardware.num_processes * hardware.num_nodes > 1:
-        problems.append(
-            f"hardware.num_processes={hardware.num_processes} hardware.num_nodes={hardware.num_nodes}: this version "
-            "trains on one device; use 1 and 1."
-        )
     return problems
 
 

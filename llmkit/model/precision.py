@@ -35,7 +35,7 @@ def resolve_device(hardware: HardwareConfig) -> torch.device:
         )
     if hardware.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", 0)
+    return torch.device("cuda", torch.cuda.current_device())  # that of this rank, where there are several
 
 
 def native_precisions(device: torch.device) -> list[str]:

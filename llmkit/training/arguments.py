@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.training_args import OptimizerNames
 
-from llmkit.config.schema import DeepSpeedConfig, DpoConfig, TrainConfig, TrainingConfig
+from llmkit.config.schema import DeepSpeedConfig, DistributedConfig, DpoConfig, TrainConfig, TrainingConfig
 from llmkit.errors import ConfigError, did_you_mean
 from llmkit.model.precision import Precision
 
@@ -69,8 +69,24 @@ def training_arguments(
         "disable_tqdm": True,
         "report_to": config.tracking.report_to or "none",
         "run_name": config.tracking.run_name,
-        "deepspeed": deepspeed_dict(config.deepspeed),
+        "deepspeed": deepspeed_dict(config.deepspeed, training),
+        "ddp_find_unused_parameters": False,
+        **_fsdp_arguments(config.distributed),
     }
+
+
+def _fsdp_arguments(config: DistributedConfig) -> dict[str, Any]:
+    """Those that make Accelerate divide the model with torch's FSDP2, decoder layer by decoder layer."""
+    if config.name != "fsdp2":
+        return {}
+    settings = {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "reshard_after_forward": config.reshard_after_forward,
+        "cpu_offload": config.cpu_offload,
+        "state_dict_type": "FULL_STATE_DICT",
+    }
+    return {"fsdp": True, "fsdp_config": settings}
 
 
 def dpo_arguments(settings: DpoConfig) -> dict[str, Any]:
@@ -111,7 +127,7 @@ def _check_libraries(config: TrainConfig) -> None:
             )
 
 
-def deepspeed_dict(config: DeepSpeedConfig) -> dict[str, Any] | None:
+def deepspeed_dict(config: DeepSpeedConfig, training: TrainingConfig) -> dict[str, Any] | None:
     """DeepSpeed's own config; `auto` values are filled in by Transformers from its arguments. None without ZeRO."""
     if config.stage == 0:
         return None
@@ -127,6 +143,7 @@ def deepspeed_dict(config: DeepSpeedConfig) -> dict[str, Any] | None:
     if config.stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = config.stage3_gather_16bit_weights_on_model_save
     return {
+        **_host_optimizer(config, training),
         "zero_optimization": zero,
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": "auto"},
@@ -137,14 +154,22 @@ def deepspeed_dict(config: DeepSpeedConfig) -> dict[str, Any] | None:
     }
 
 
+def _host_optimizer(config: DeepSpeedConfig, training: TrainingConfig) -> dict[str, Any]:
+    """State in host memory is stepped there by DeepSpeed's own AdamW; torch's would take many times longer."""
+    if config.offload_optimizer == "none":
+        return {}
+    if not training.optim.startswith("adamw_torch"):
+        return {"zero_force_ds_cpu_optimizer": False}
+    names = ("lr", "betas", "eps", "weight_decay")
+    return {"optimizer": {"type": "AdamW", "params": dict.fromkeys(names, "auto")}}
+
+
 def total_steps(training: TrainingConfig, examples: int) -> int:
-    """Optimizer steps of the run on one device, as Transformers counts them."""
+    """Optimizer steps of the run on all its devices, as Transformers counts them."""
     return training.max_steps or math.ceil(training.num_train_epochs * steps_per_pass(training, examples))
 
 
 def steps_per_pass(training: TrainingConfig, examples: int) -> int:
     """Optimizer steps of one pass over the data; the last may have fewer examples."""
-    assert training.per_device_train_batch_size
-    assert training.gradient_accumulation_steps
-    micro_batches = math.ceil(examples / training.per_device_train_batch_size)
-    return max(math.ceil(micro_batches / training.gradient_accumulation_steps), 1)
+    assert training.global_batch_size
+    return max(math.ceil(examples / training.global_batch_size), 1)

@@ -4,11 +4,12 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
@@ -20,7 +21,7 @@ from llmkit.training.checkpoints.manifest import read_manifest
 from llmkit.training.console import RunConsole
 from llmkit.training.generation import AnswerGenerator
 from llmkit.training.metrics import MetricsFile
-from llmkit.training.ranks import any_rank
+from llmkit.training.ranks import any_rank, is_main, on_main, spread
 from llmkit.training.stopping import StopRequest
 from llmkit.training.tracking import NoTracker
 
@@ -64,6 +65,17 @@ class Reporting(TrainerCallback):
             raise NonFiniteError(f"step {state.global_step}: the evaluation loss is {record['eval_loss']}.")
 
 
+class AtBegin(TrainerCallback):
+    """Does something, in order, once the trainer has made all ready, before the first step."""
+
+    def __init__(self, *do: Callable[[], None]):
+        self.do = list(do)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for one in self.do:
+            one()
+
+
 class Samples(TrainerCallback):
     """A few fixed prompts are answered at each evaluation; the answers are kept in samples.jsonl."""
 
@@ -79,7 +91,7 @@ class Samples(TrainerCallback):
     ):
         self.generator, self.prompts, self.console, self.tracker = generator, prompts, console, tracker
         self.path = run_dir / rundir.SAMPLES
-        if not goes_on:
+        if not goes_on and is_main():
             self.path.unlink(missing_ok=True)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -88,6 +100,8 @@ class Samples(TrainerCallback):
         answers = self.generator.answer(self.prompts)
         self.console.samples(answers)
         self.tracker.samples(state.global_step, answers)
+        if not is_main():
+            return
         with self.path.open("a", encoding="utf-8") as file:
             for answer in answers:
                 record = {"step": state.global_step, "prompt": answer.prompt, "answer": answer.answer}
@@ -100,9 +114,7 @@ class BestWeights(TrainerCallback):
     def __init__(self, model: nn.Module, run_dir: Path, *, goes_on: bool):
         self.model, self.path = model, run_dir / rundir.BEST_WEIGHTS
         self.best, self.step = math.inf, 0
-        if goes_on and self.path.exists():
-            with safe_open(self.path, framework="pt") as saved:
-                about = saved.metadata()
+        if about := on_main(lambda: _about(self.path) if goes_on and self.path.exists() else None):
             self.best, self.step = float(about["eval_loss"]), int(about["step"])
         else:
             self.discard()
@@ -113,6 +125,8 @@ class BestWeights(TrainerCallback):
         loss = (metrics or {}).get("eval_loss", math.inf)
         if state.global_step and loss < self.best:
             self.best, self.step = loss, state.global_step
+            if not is_main():
+                return
             trained = {n: p.detach().cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
             partial = self.path.with_suffix(".partial")
             save_file(trained, partial, metadata={"eval_loss": repr(self.best), "step": str(self.step)})
@@ -122,15 +136,23 @@ class BestWeights(TrainerCallback):
         """Load the best weights into the model; returns their step, or 0 if there was no evaluation."""
         if not self.step:
             return 0
-        with safe_open(self.path, framework="pt") as saved:
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad:
-                    parameter.data.copy_(saved.get_tensor(name))
+        saved = load_file(self.path) if is_main() else {}  # other machines may not see the file
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                if is_main():
+                    parameter.data.copy_(saved[name])
+                spread(parameter.data)
         return self.step
 
     def discard(self) -> None:
         """Remove the file, once its weights are delivered: until then a run that is killed needs it again."""
-        self.path.unlink(missing_ok=True)
+        if is_main():
+            self.path.unlink(missing_ok=True)
+
+
+def _about(weights: Path) -> dict[str, str]:
+    with safe_open(weights, framework="pt") as saved:
+        return saved.metadata()
 
 
 class Saving(TrainerCallback):

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from llmkit import durable, rundir
@@ -33,8 +34,21 @@ merged.save_pretrained(MERGED)
 AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(MERGED)"""
 
 
-def save_final(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, run_dir: Path, card: str) -> Path:
-    """Write `final/` in one step: a full model, or a PEFT adapter that names its base."""
+def save_final(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+    run_dir: Path,
+    card: str,
+    *,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> Path:
+    """Write `final/` in one step: a full model, or a PEFT adapter that names its base.
+
+    Args:
+        weights: the model's, where it is sharded and does not hold them itself.
+    """
+    sharded = {} if weights is None else {"state_dict": weights}
     partial = run_dir / ".final.partial"
     shutil.rmtree(partial, ignore_errors=True)
     if config.lora is not None:
@@ -43,9 +57,9 @@ def save_final(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConf
         settings.revision = config.model.commit if config.model.hub_id and not config.model.path else None
         model.get_base_model().generation_config.save_pretrained(partial)
         # Rows of new tokens are saved as such, the matrices they stand in are not; nor is DPO's reference adapter.
-        model.save_pretrained(partial, selected_adapters=["default"], save_embedding_layers=False)
+        model.save_pretrained(partial, selected_adapters=["default"], save_embedding_layers=False, **sharded)
     else:
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, **sharded)
     tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
     durable.sync_tree(partial)

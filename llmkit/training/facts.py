@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from llmkit import config as configuration
 from llmkit.config import TrainConfig
+from llmkit.config.resolve import device_count
 from llmkit.data.prepare import PreparedData, Split
 from llmkit.errors import ConfigError
 from llmkit.model.context import settle_lengths
@@ -23,8 +23,8 @@ from llmkit.training.console import RunConsole
 from llmkit.training.memory import GIB, capacity, in_units, optimizer_state
 
 
-def complete_config(config: TrainConfig, run_dir: Path) -> tuple[torch.device, Precision]:
-    """Fill in what was left to this machine and to the model's own config, and write config.yaml anew.
+def complete_config(config: TrainConfig) -> tuple[torch.device, Precision]:
+    """Fill in what was left to this machine and to the model's own config.
 
     Returns the device and the precision.
     """
@@ -39,7 +39,6 @@ def complete_config(config: TrainConfig, run_dir: Path) -> tuple[torch.device, P
             setattr(holder, name, value)
             config.derived.append(key)
     config.model.commit = cached_commit(config.model)
-    configuration.save(config, run_dir)
     return device, precision
 
 
@@ -54,12 +53,11 @@ def warn_of_size(config: TrainConfig, precision: Precision, device: torch.device
         )
 
 
-def settle_gradient_checkpointing(config: TrainConfig, model: nn.Module, run_dir: Path) -> None:
+def settle_gradient_checkpointing(config: TrainConfig, model: nn.Module) -> None:
     """Where it is left open: on for large models, whose size is known only now."""
     if config.training.gradient_checkpointing is None:
         config.training.gradient_checkpointing = count_parameters(model)[1] >= CHECKPOINTING_FROM_PARAMETERS
         config.derived.append("training.gradient_checkpointing")
-        configuration.save(config, run_dir)
 
 
 def learn_to_stop(model: Any, tokenizer: PreTrainedTokenizerBase, train: Split) -> None:
@@ -111,13 +109,16 @@ def state_facts(
     rows = len(train.dataset)
     steps = total_steps(training, rows)
     batch = f"{training.per_device_train_batch_size} at a time x {training.gradient_accumulation_steps}"
+    processes = device_count(config)
+    batch += f" x {processes} processes" if processes > 1 else ""
     console.fact(
         "steps",
         f"{steps:,} of {training.global_batch_size} {'examples' if rows == len(train) else 'sequences'} ({batch}), "
         f"about {steps / steps_per_pass(training, rows):.1f} passes; learning rate {training.learning_rate:g}, "
         f"{training.lr_scheduler_type}; gradient checkpointing {'on' if training.gradient_checkpointing else 'off'}",
     )
-    console.fact("device", f"{device_name(device)}, {_dtypes(model, precision)}, attention {attention(model)}")
+    each = f"{processes} x " if processes > 1 else ""
+    console.fact("device", f"{each}{device_name(device)}, {_dtypes(model, precision)}, attention {attention(model)}")
     _state_memory(config, model, console, device)
 
 

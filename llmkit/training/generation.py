@@ -34,7 +34,13 @@ def _spoken(answer: str) -> str:
 
 
 class AnswerGenerator:
-    """Answers prompts with the weights as they are now. One instance serves a whole run."""
+    """Answers prompts with the weights as they are now. One instance serves a whole run.
+
+    With several processes each answers all prompts.
+
+    Args:
+        synced: whether a forward pass takes all of them, because each holds only a part of the weights.
+    """
 
     def __init__(
         self,
@@ -43,8 +49,10 @@ class AnswerGenerator:
         *,
         max_new_tokens: int | None,
         autocast: torch.dtype | None,
+        synced: bool = False,
     ):
         self.model, self.tokenizer, self.max_new_tokens, self.autocast = model, tokenizer, max_new_tokens, autocast
+        self.synced = synced
 
     def answer(self, conversations: list[Conversation]) -> list[Answer]:
         """Generate the last turn of each conversation, an assistant's, from the turns before it."""
@@ -95,7 +103,10 @@ class AnswerGenerator:
         )
         with self.arithmetic():
             output = self.model.generate(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=config
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                generation_config=config,
+                synced_gpus=self.synced,
             )
         return self.tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 

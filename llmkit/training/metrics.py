@@ -3,7 +3,7 @@
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from llmkit import rundir
 
@@ -15,11 +15,17 @@ DROPPED |= {"train_runtime", "train_tokens_per_second"}  # over the whole sessio
 
 
 class MetricsFile:
-    """Appends records to those there were when the checkpoint was made that the run goes on from, or begins anew."""
+    """Appends records to those there were when the checkpoint was made that the run goes on from, or begins anew.
 
-    def __init__(self, run_dir: Path, *, goes_on: bool = False):
-        self._file = (run_dir / rundir.METRICS).open("a" if goes_on else "w", encoding="utf-8", buffering=1)
-        self._last = (time.monotonic(), last_tokens(read_metrics(run_dir)))
+    Args:
+        origin: the checkpoint that the run goes on from, if it does.
+        written: whether there is a file; else the records are only kept in `records`, as on a rank that does not write.
+    """
+
+    def __init__(self, run_dir: Path, *, origin: Path | None = None, written: bool = True):
+        self.records = read_metrics(origin) if origin else []
+        self._file = _open(run_dir / rundir.METRICS, goes_on=origin is not None) if written else None
+        self._last = (time.monotonic(), last_tokens(self.records))
         self._evaluated: tuple[int, float] | None = None  # the last evaluation's step and loss
 
     def append(self, logs: dict[str, Any], *, step: int, epoch: float | None) -> dict[str, Any] | None:
@@ -39,7 +45,9 @@ class MetricsFile:
             self._last = (time.monotonic(), record["tokens"])
         if "eval_loss" in record:
             self._evaluated = (step, record["eval_loss"])
-        self._file.write(json.dumps(record) + "\n")
+        self.records.append(record)
+        if self._file:
+            self._file.write(json.dumps(record) + "\n")
         return record
 
     def eval_loss_at(self, step: int) -> float | None:
@@ -55,7 +63,13 @@ class MetricsFile:
         self._last = (self._last[0] + seconds, self._last[1])
 
     def close(self) -> None:
-        self._file.close()
+        """No more records come."""
+        if self._file:
+            self._file.close()
+
+
+def _open(path: Path, *, goes_on: bool) -> TextIO:
+    return path.open("a" if goes_on else "w", encoding="utf-8", buffering=1)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -90,9 +104,8 @@ def mean_loss(records: list[dict[str, Any]]) -> float | None:
     return total / step if step else None
 
 
-def draw_losses(run_dir: Path) -> Path | None:
+def draw_losses(records: list[dict[str, Any]], run_dir: Path) -> Path | None:
     """`loss.png`: train and evaluation loss over steps; None if there is nothing to draw."""
-    records = read_metrics(run_dir)
     curves = {
         "train": [(r["step"], r["loss"]) for r in records if "loss" in r],
         "evaluation": [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r],

@@ -18,6 +18,8 @@ from llmkit.model.methods import trained_weights_kept
 from llmkit.training.console import RunConsole
 from llmkit.training.memory import in_units
 from llmkit.training.preferences import batches, evaluating
+from llmkit.training.rank_batches import Blank
+from llmkit.training.ranks import gathered, gathering_uneven, of_each_rank
 from llmkit.training.reference import (
     ADAPTER,
     REFERENCE,
@@ -92,14 +94,17 @@ class PreferenceTrainer(RunMixin, DPOTrainer):
         """
         size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
         found = []
+        first, last = self._share(len(dataset))
         with evaluating(self.model):
-            for batch in batches(self, dataset, size):
-                found.append(self.compute_ref_log_probs(self.model, batch))
-                precomputed(name, min(len(found) * size, len(dataset)), len(dataset))
-        file = Path(self.args.output_dir) / f"reference-{name}.arrow"  # goes when the run is finished
+            for batch in batches(self, dataset.select(range(first, last)), size):
+                found.append(torch.stack(self.compute_ref_log_probs(self.model, batch)).float().cpu())
+                precomputed(name, min(len(found) * size, last - first), last - first)
+        own = torch.cat(found, dim=1).numpy() if found else np.empty((2, 0), dtype=np.float32)
+        # Goes when the run is finished.
+        file = Path(self.args.output_dir) / f"reference-{name}-{self.args.process_index}.arrow"
         file.parent.mkdir(parents=True, exist_ok=True)
         columns = ("ref_chosen_logps", "ref_rejected_logps")
-        values = [torch.cat(side).float().cpu().numpy() for side in zip(*found, strict=True)]
+        values = np.concatenate(gathered(own), axis=1)
 
         def add(_: dict[str, Any], indices: list[int]) -> dict[str, np.ndarray]:
             return {column: side[indices] for column, side in zip(columns, values, strict=True)}
@@ -114,6 +119,11 @@ class PreferenceTrainer(RunMixin, DPOTrainer):
             new_fingerprint=f"{dataset._fingerprint}-reference",
         )
 
+    def _share(self, rows: int) -> tuple[int, int]:
+        """The rows that this rank asks the reference about: from the first to before the last."""
+        rank, ranks = self.args.process_index, self.args.world_size
+        return rank * rows // ranks, (rank + 1) * rows // ranks
+
     def _precompute_ref_logps(self, dataset: datasets.Dataset, name: str, batch_size: int) -> datasets.Dataset:
         return dataset  # see _with_reference
 
@@ -121,15 +131,19 @@ class PreferenceTrainer(RunMixin, DPOTrainer):
         return dataset  # it is
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> int:
-        return sum(map(pairs_of, batch_samples))
+        return sum(of_each_rank(sum(map(pairs_of, batch_samples)), device=device))
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """The mean over the batch's pairs; in training its part of the mean over all pairs of the step."""
-        loss = super().compute_loss(model, inputs, return_outputs)
-        self._pairs["train" if self.model.training else "eval"].append(pairs_of(inputs))
-        return loss if num_items_in_batch is None else loss * pairs_of(inputs) / num_items_in_batch
+        counts = of_each_rank(pairs_of(inputs), device=self.args.device)
+        with gathering_uneven(self.accelerator, counts):
+            loss = super().compute_loss(model, inputs, return_outputs)
+        self._pairs["train" if self.model.training else "eval"].append(sum(counts))
+        if num_items_in_batch is None:
+            return loss
+        return loss * pairs_of(inputs) * len(counts) / num_items_in_batch  # gradients are averaged over ranks
 
     def count_items(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """An evaluation's loss is the mean over pairs."""
@@ -165,8 +179,8 @@ class PreferenceTrainer(RunMixin, DPOTrainer):
 
 
 def pairs_of(inputs: dict[str, torch.Tensor]) -> int:
-    """The pairs of a batch, which holds all chosen sides and then all rejected ones."""
-    return len(inputs["input_ids"]) // 2
+    """The pairs of a batch, which holds all chosen sides and then all rejected ones; none of a blank one."""
+    return 0 if isinstance(inputs, Blank) else len(inputs["input_ids"]) // 2
 
 
 def tell_precomputed(console: RunConsole, stop: StopRequest) -> Callable[[str, int, int], None]:

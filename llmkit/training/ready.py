@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from llmkit import config as configuration
 from llmkit.config import TrainConfig
 from llmkit.data.prepare import PreparedData
 from llmkit.data.reading.sources import listed_tokens, open_training_sources
@@ -16,7 +17,7 @@ from llmkit.model.methods import apply_method, loading_dtype
 from llmkit.model.tokenizer import load_run_tokenizer, may_add_tokens
 from llmkit.training.arguments import total_steps, training_arguments
 from llmkit.training.checkpoints.manifest import PARTIAL
-from llmkit.training.checkpoints.origin import bring_checkpoint
+from llmkit.training.checkpoints.origin import bring_checkpoint, bring_to_machine
 from llmkit.training.console import RunConsole
 from llmkit.training.facts import (
     check_disk,
@@ -26,7 +27,8 @@ from llmkit.training.facts import (
     state_facts,
     warn_of_size,
 )
-from llmkit.training.resuming import check_data, check_start
+from llmkit.training.ranks import agree, first_of_machine, is_main, on_main
+from llmkit.training.resuming import check_data, check_processes, check_start
 from llmkit.training.run_data import prepare_run_data
 from llmkit.training.stopping import StopRequest
 
@@ -51,15 +53,27 @@ def make_ready(
 
     Raises LlmkitError for the user to read.
     """
-    checkpoint = bring_checkpoint(config, run_dir, console)
-    device, precision = complete_config(config, run_dir)
+    checkpoint = on_main(lambda: bring_checkpoint(config, run_dir, console))
+    agree(config)  # with what the checkpoint was made with
+    if checkpoint is not None:
+        check_processes(config, checkpoint)
+        first_of_machine(lambda: bring_to_machine(checkpoint, config, run_dir, console))
+    device, precision = first_of_machine(lambda: complete_config(config))
+    agree(config)
+    save_config(config, run_dir)
     set_seed(config.seed)  # adapters start from random numbers, before the trainer would seed them
 
     # Data comes before weights: its errors should not wait for a large model to load.
-    opened = open_training_sources(config.data, preference=preference)
-    beside = listed_tokens(opened)
-    tokenizer = load_run_tokenizer(config, beside)
-    data = prepare_run_data(config, tokenizer, run_dir, console, stop, opened=opened, preference=preference)
+    def prepare() -> tuple[list[str], PreTrainedTokenizerBase, PreparedData]:
+        opened = open_training_sources(config.data, preference=preference)
+        beside = listed_tokens(opened)
+        tokenizer = load_run_tokenizer(config, beside)
+        data = prepare_run_data(config, tokenizer, run_dir, console, stop, opened=opened, preference=preference)
+        return beside, tokenizer, data
+
+    beside, tokenizer, data = first_of_machine(prepare)
+    agree(config)
+    save_config(config, run_dir)
 
     if checkpoint is not None:
         check_data(config, run_dir, checkpoint, data.fingerprint)
@@ -73,7 +87,8 @@ def make_ready(
         check_start(config, run_dir, checkpoint, start)
     learn_to_stop(model, tokenizer, data.train)
     model = apply_method(model, config, precision, new_rows=new_rows)
-    settle_gradient_checkpointing(config, model, run_dir)
+    settle_gradient_checkpointing(config, model)
+    save_config(config, run_dir)
     state_facts(config, model, data, console, device=device, precision=precision, new_tokens=len(new_rows))
     check_disk(config, model, run_dir, console)
     arguments = training_arguments(
@@ -92,3 +107,9 @@ def make_ready(
         checkpoint=checkpoint,
         start=start,
     )
+
+
+def save_config(config: TrainConfig, run_dir: Path) -> None:
+    """Write config.yaml as it has become."""
+    if is_main():
+        configuration.save(config, run_dir)

@@ -7,6 +7,19 @@ from llmkit.errors import ConfigError
 from llmkit.training.checkpoints.manifest import read_manifest
 
 
+def check_processes(config: TrainConfig, checkpoint: Path) -> None:
+    """Raise ConfigError if DeepSpeed's part of the checkpoint was divided among another number of processes."""
+    processes = config.hardware.num_processes * config.hardware.num_nodes
+    saved_by = read_manifest(checkpoint)["world_size"]
+    if config.deepspeed.stage and saved_by != processes:
+        raise ConfigError(
+            f"{checkpoint} was saved by {saved_by} processes with deepspeed={config.deepspeed.name}, which divides the "
+            f"optimizer's state among them: it cannot go on with {processes}. Use hardware.num_processes="
+            f"{saved_by // config.hardware.num_nodes} again, or begin another run from its weights: init_from=RUN "
+            "name=ANOTHER."
+        )
+
+
 def check_data(config: TrainConfig, run_dir: Path, checkpoint: Path, fingerprint: str) -> None:
     """Raise ConfigError if the checkpoint was trained on other rows, or on the same in other tokens."""
     if read_manifest(checkpoint)["dataset_fingerprint"] != fingerprint and "data" not in config.resume_allow:

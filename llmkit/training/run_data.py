@@ -4,7 +4,6 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from llmkit import config as configuration
 from llmkit import rundir
 from llmkit.config import TrainConfig
 from llmkit.data.audit_words import tell
@@ -14,6 +13,7 @@ from llmkit.data.reading.sources import Source
 from llmkit.data.template_date import DATE_VARIABLES
 from llmkit.errors import Stopped
 from llmkit.training.console import RunConsole
+from llmkit.training.ranks import is_main
 from llmkit.training.stopping import StopRequest
 
 SAID_EVERY = 10.0  # seconds
@@ -29,7 +29,7 @@ def prepare_run_data(
     opened: list[Source],
     preference: bool = False,
 ) -> PreparedData:
-    """Conversations, or pairs for DPO. The audit goes to data_audit.json, the commits of hub data to config.yaml.
+    """Conversations, or pairs for DPO. The audit goes to data_audit.json, the commits of hub data into the config.
 
     Args:
         opened: the training sources.
@@ -55,8 +55,8 @@ def prepare_run_data(
         opened=opened,
         progress=progress,
     )
-    rundir.write_json(run_dir / rundir.DATA_AUDIT, data.audit)
-    configuration.save(config, run_dir)
+    if is_main():
+        rundir.write_json(run_dir / rundir.DATA_AUDIT, data.audit)
     for name in set(DATE_VARIABLES) & config.data.chat_template_kwargs.keys():
         date = config.data.chat_template_kwargs[name]
         console.fact("date", f"{date}, the same for the whole run and what is served (chat_template_kwargs.{name})")

@@ -15,6 +15,7 @@ from llmkit.training.checkpoints.remote import RemoteRun, run_place
 from llmkit.training.checkpoints.saving import CheckpointWriter
 from llmkit.training.console import RunConsole
 from llmkit.training.metrics import MetricsFile
+from llmkit.training.ranks import is_main
 from llmkit.training.ready import Ready
 from llmkit.training.stopping import StopRequest
 from llmkit.training.tracking import NoTracker
@@ -40,10 +41,11 @@ class Saves:
         self._began = time.monotonic() - self.earlier.get("seconds", 0.0)
         self._mirror: Mirror | None = None
         self._rendering: dict[str, Path] = {}
-        self._remote = None if (place := run_place(config, run_dir)) is None else RemoteRun(place)
+        place = run_place(config, run_dir) if is_main() else None
+        self._remote = None if place is None else RemoteRun(place)
         if self._remote is not None:
             self._remote.claim(run_dir)
-        if self.origin is not None:
+        if self.origin is not None and is_main():
             restore_records(run_dir, self.origin)
 
     @property
@@ -73,7 +75,8 @@ class Saves:
         """No more checkpoints come; the worker brings the copy up to date."""
         if self._mirror is not None:
             self._mirror.close()
-        shutil.rmtree(self.run_dir / RENDERING, ignore_errors=True)
+        if is_main():
+            shutil.rmtree(self.run_dir / RENDERING, ignore_errors=True)
 
     def _rendering_of(self, trainer: Any) -> dict[str, Path]:
         """The files that make a checkpoint one that can be loaded and served like `final/`; written once."""

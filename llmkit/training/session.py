@@ -16,21 +16,22 @@ from llmkit.config.schema import FIGURES_OF_RECIPE
 from llmkit.errors import Stopped
 from llmkit.serving.probe import PROBED_ROWS, make_probe
 from llmkit.training.arguments import total_steps
-from llmkit.training.callbacks import BestWeights, Reporting, Samples
+from llmkit.training.callbacks import AtBegin, BestWeights, Reporting, Samples
 from llmkit.training.checkpoints.manifest import latest, rotate, step_of
 from llmkit.training.console import RunConsole
 from llmkit.training.delivery import base_model, model_card, save_final
+from llmkit.training.engine import engine_in_use, is_sharded, whole_weights
 from llmkit.training.facts import device_name
 from llmkit.training.figures import Figure, questions
 from llmkit.training.final_test import in_words, measure_test
 from llmkit.training.generation import AnswerGenerator
 from llmkit.training.memory import peak_memory
-from llmkit.training.metrics import MetricsFile, draw_losses, last_tokens, mean_loss, read_metrics
-from llmkit.training.ranks import any_rank
+from llmkit.training.metrics import MetricsFile, draw_losses, last_tokens, mean_loss
+from llmkit.training.ranks import any_rank, gathered, is_main
 from llmkit.training.ready import Ready
 from llmkit.training.saves import Saves
 from llmkit.training.stopping import StopRequest
-from llmkit.training.tracking import start_tracker
+from llmkit.training.tracking import NoTracker, start_tracker
 from llmkit.training.trainer import EvaluationStopped
 from llmkit.training.versions import versions
 
@@ -58,21 +59,29 @@ class Session:
         self.saves = Saves(config, run_dir, ready, console)
         goes_on = self.saves.origin is not None
         self.asked = figures(self)
-        earlier = [r for r in read_metrics(run_dir) if r["step"] == 0] if goes_on else []
+        self.metrics = MetricsFile(run_dir, origin=self.saves.origin, written=is_main())
+        earlier = [r for r in self.metrics.records if r["step"] == 0]
         names = ["eval_loss", *(figure.name for figure in self.asked)]
         self.base: dict[str, float] = {k: r[k] for r in earlier for k in names if k in r}
         self.figures: dict[str, float] = {}
         self.test: dict[str, Any] | None = None
         self.stopped = False  # before the last step
+        self._saved = False  # the last step
         self.final_is = "last"
-        self.metrics = MetricsFile(run_dir, goes_on=goes_on)
-        (run_dir / rundir.NON_FINITE_BATCH).unlink(missing_ok=True)
-        self.tracker = start_tracker(config, run_dir, run_id=self.saves.earlier.get("tracker"))
+        self.tracker = NoTracker()
+        if is_main():
+            (run_dir / rundir.NON_FINITE_BATCH).unlink(missing_ok=True)
+            self.tracker = start_tracker(config, run_dir, run_id=self.saves.earlier.get("tracker"))
         self.generator = AnswerGenerator(
-            trainer.model, self.tokenizer, max_new_tokens=config.evaluation.max_new_tokens, autocast=ready.autocast
+            trainer.model,
+            self.tokenizer,
+            max_new_tokens=config.evaluation.max_new_tokens,
+            autocast=ready.autocast,
+            synced=is_sharded(trainer),
         )
         prompts = questions(self.data.validation or self.data.train, config.evaluation.samples)
         trainer.remove_callback(PrinterCallback)
+        self.engine: str | None = None
         trainer.add_callback(Reporting(self.metrics, console, self.tracker))
         trainer.add_callback(Samples(self.generator, prompts, run_dir, console, self.tracker, goes_on=goes_on))
         self.best: BestWeights | None = None
@@ -80,6 +89,8 @@ class Session:
             self.best = BestWeights(trainer.model, run_dir, goes_on=goes_on)
             trainer.add_callback(self.best)
         self.saves.begin(trainer, stop, self.metrics, self.tracker)
+        self._at_begin = AtBegin(self._state_engine)
+        trainer.add_callback(self._at_begin)
         if self.tracker.where:
             console.fact("tracking", self.tracker.where)
 
@@ -93,19 +104,32 @@ class Session:
         self.trainer.writer.settle("the run goes on from the one before")
         self.saves.end()
         self.metrics.close()
-        plot = draw_losses(self.run_dir)
-        summary = {**self.figures, "train_loss": mean_loss(read_metrics(self.run_dir))}
+        plot = draw_losses(self.metrics.records, self.run_dir) if is_main() else None
+        summary = {**self.figures, "train_loss": mean_loss(self.metrics.records)}
         self.tracker.finish(plots=[plot] if plot else [], summary=summary, failed=kind is not None)
 
     def measure_base(self) -> None:
         """The figures of the model as it starts, which those after training stand beside."""
         if self.saves.origin or not self.config.evaluation.baseline:
             return
+        if is_sharded(self.trainer):  # there is no model to measure before the engine has it
+            self._at_begin.do.append(self._measure_base)
+        else:
+            self._measure_base()
+
+    def _measure_base(self) -> None:
         self.console.fact("before", "figures and answers of the model as it starts")
         try:
             self.base = self._measure()
         except EvaluationStopped as error:
             raise Stopped(f"stopped by {self.stop.signal} before the first step; the same command begins.") from error
+
+    def _state_engine(self) -> None:
+        self.engine = engine_in_use(self.trainer)
+        processes = self.trainer.args.world_size
+        assert processes == 1 or self.engine != "single", "each process would train for itself"
+        if self.engine != "single":
+            self.console.fact("engine", f"{self.engine}, {processes} process{'es' if processes > 1 else ''}")
 
     def train(self) -> None:
         """Train to the end, or to the step at which a stop was asked for; every checkpoint is then on the disk."""
@@ -134,13 +158,16 @@ class Session:
         rotate(self.run_dir, keep=self.config.checkpoint.keep)
 
     def _last_step_is_saved(self) -> bool:
-        saved = latest(self.run_dir)
-        return saved is not None and step_of(saved) == self.trainer.state.global_step
+        """As the process knows that saves; never on the others."""
+        if not self._saved and is_main():
+            saved = latest(self.run_dir)
+            self._saved = saved is not None and step_of(saved) == self.trainer.state.global_step
+        return self._saved
 
     def _stop_is_asked(self) -> bool:
         """Whether to end before what is left: only where the last step is saved, which the run then goes on from."""
-        asked = self.stop.signal is not None and self._last_step_is_saved()
-        self.stopped |= any_rank(asked, device=self.trainer.args.device)[0]
+        asked = self.stop.signal is not None
+        self.stopped |= all(any_rank(asked, self._last_step_is_saved(), device=self.trainer.args.device))
         return self.stopped
 
     def measure_result(self) -> None:
@@ -174,20 +201,23 @@ class Session:
             return self._result()
         self.trainer.writer.settle("the run is finished without it")
         result = self._result()
-        shutil.rmtree(Path(self.trainer.args.output_dir), ignore_errors=True)
-        figures = {"train_loss": result["train_loss"]} | self.figures
-        card = model_card(self.config, figures, model=self.trainer.model)
-        final = save_final(self.trainer.model, self.tokenizer, self.config, self.run_dir, card)
-        make_probe(
+        weights = whole_weights(self.trainer)
+        probe = make_probe(
             self.trainer.model,
             self.tokenizer,
             questions(self.data.validation or self.data.train, PROBED_ROWS),
             precision=self.config.precision.name,
             arithmetic=self.generator.arithmetic(),
-        ).write(self.run_dir)
+        )
+        if is_main():
+            shutil.rmtree(Path(self.trainer.args.output_dir), ignore_errors=True)
+            figures = {"train_loss": result["train_loss"]} | self.figures
+            card = model_card(self.config, figures, model=self.trainer.model)
+            save_final(self.trainer.model, self.tokenizer, self.config, self.run_dir, card, weights=weights)
+            probe.write(self.run_dir)
         if self.best:
             self.best.discard()
-        self.console.fact("final", f"{final}")
+        self.console.fact("final", f"{self.run_dir / rundir.FINAL}")
         repeat = shlex.join(["llmkit", "train", str(self.run_dir / rundir.CONFIG)])
         self.console.fact("repeat", repeat)
         if self.config.lora is not None and not self.config.init_from:  # an adapter that is continued keeps its rank
@@ -202,7 +232,7 @@ class Session:
         if self.best and self.final_is == "best":
             figures["eval_loss"] = self.best.best
         elif self.data.validation:
-            logged = [r for r in read_metrics(self.run_dir) if r["step"] == state.global_step and "eval_loss" in r]
+            logged = [r for r in self.metrics.records if r["step"] == state.global_step and "eval_loss" in r]
             figures["eval_loss"] = logged[-1]["eval_loss"] if logged else self.trainer.evaluate()["eval_loss"]
         shares = {figure.name: value for figure in self.asked if (value := figure.of(self)) is not None}
         if shares and self.final_is == "last":
@@ -226,7 +256,7 @@ class Session:
 
     def _result(self) -> dict[str, Any]:
         config, state, seconds = self.config, self.trainer.state, self.saves.seconds
-        records = read_metrics(self.run_dir)
+        records = self.metrics.records
         rates = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
         train_loss = mean_loss(records)
         figures = {**self.figures, "train_loss": train_loss}
@@ -245,9 +275,10 @@ class Session:
             "base": self.base,
             "tokens": last_tokens(records),
             "tokens_per_second": sorted(rates)[len(rates) // 2] if rates else None,
-            "peak_memory_bytes": peak_memory(self.trainer.args.device),
+            "peak_memory_bytes": max(gathered(peak_memory(self.trainer.args.device))),
             "seconds": round(seconds, 2),
             "device": device_name(self.trainer.args.device),
+            "engine": self.engine,
             "device_seconds": round(seconds * devices, 2),
             "cost": None if price is None else round(seconds * devices / 3600 * price, 4),
             "base_model": base_model(config),

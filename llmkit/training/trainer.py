@@ -6,15 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate.utils import gather_object
+from torch.utils.data import DataLoader, Sampler
 
 from llmkit import rundir
 from llmkit.data.encoding.batches import IGNORED
 from llmkit.errors import NonFiniteError, Stopped
 from llmkit.training.checkpoints.contents import collect, load_weights, state_files
 from llmkit.training.checkpoints.saving import CheckpointWriter
-from llmkit.training.ranks import any_rank
+from llmkit.training.longest_batch import row_lengths
+from llmkit.training.rank_batches import Blank, EvaluationBatches, StepBatches, rank_loader
+from llmkit.training.ranks import any_rank, is_main
 from llmkit.training.stopping import StopRequest
 
 # fp16's loss scaler overflows by design while it looks for its scale; this many times in a row is a divergence.
@@ -32,12 +36,16 @@ class RunMixin:
     model: Any
     state: Any
     args: Any
+    train_dataset: Any
+    eval_dataset: Any
+    data_collator: Any
     is_deepspeed_enabled: bool
     _tr_loss: torch.Tensor
     _total_loss_scalar: float
     _globalstep_last_logged: int
     _total_train_tokens: int
     _metrics: dict[str, Any]
+    model_wrapped: Any
     processing_class: Any
     accelerator: Any
     control: Any
@@ -53,8 +61,51 @@ class RunMixin:
         self.evaluation_pending = False  # whether the last step was to be evaluated and has not been
         self.may_stop: Callable[[], bool] = lambda: True  # whether a request to stop may end an evaluation now
         self.writer = CheckpointWriter(run_dir, keep=1, warn=print)
-        self._evaluated = torch.zeros(2)  # summed loss and items of the evaluation under way
+        self._evaluated = torch.zeros(2, dtype=torch.float64)  # summed loss and items of the evaluation under way
         super().__init__(*args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """This rank's rows of each step: see StepBatches."""
+        batches = StepBatches(
+            row_lengths(self.train_dataset),
+            micro_batch=self.args.train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            seed=self.args.data_seed,
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+        )
+        return self._rank_loader(self.train_dataset, batches)
+
+    def get_eval_dataloader(self, eval_dataset: datasets.Dataset | None = None) -> DataLoader:
+        """This rank's rows of an evaluation: see EvaluationBatches."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        batches = EvaluationBatches(
+            row_lengths(dataset),
+            batch_size=self.args.eval_batch_size,
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+        )
+        return self._rank_loader(dataset, batches)
+
+    def _rank_loader(self, dataset: datasets.Dataset, batches: Sampler[list[int]]) -> DataLoader:
+        return rank_loader(
+            self._remove_unused_columns(dataset),  # type: ignore[attr-defined]
+            batches,
+            self.data_collator,
+            device=self.accelerator.device,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Have the model put into its engine, whatever has been done with it before.
+
+        Upstream leaves a model alone that an earlier evaluation has prepared: each rank would then train for itself
+        (transformers 5.19, accelerate 1.15).
+        """
+        if self.args.world_size > 1:
+            self.model = self.model_wrapped = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            vars(self.model).pop("_is_accelerate_prepared", None)
+        return super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Remember the step's micro-batches until its gradient is known to be finite."""
@@ -80,6 +131,7 @@ class RunMixin:
     def _stop_at_non_finite(self, grad_norm: float) -> None:
         losses = [float(loss) for _, loss in self._batches_of_step]
         bad = [batch for batch, loss in zip(self._batches_of_step, losses, strict=True) if not math.isfinite(loss)]
+        (a_loss,) = any_rank(bool(bad), device=self.args.device)
         step = self.state.global_step + 1
         record = {
             "step": step,
@@ -95,13 +147,19 @@ class RunMixin:
             ],
         }
         path = self.run_dir / rundir.NON_FINITE_BATCH
-        path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        what = "loss" if bad else "gradient"
+        if bad or (is_main() and not a_loss):  # of several ranks, one that had a hand in it
+            path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        what = "loss" if a_loss else "gradient"
         raise NonFiniteError(
             f"step {step}: the {what} is not a finite number (loss {losses}, gradient norm {grad_norm}). "
             f"The batch is in {path}. Try a lower training.learning_rate, more training.warmup_steps, a smaller "
             "training.max_grad_norm, or precision=fp32; and look at the batch."
         )
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if isinstance(inputs, Blank):
+            inputs = inputs | {"attention_mask": torch.zeros(1)}
+        super()._track_num_input_tokens(inputs)  # type: ignore[misc]
 
     def count_items(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """How many items a batch's loss is the mean over: its learnt tokens."""
@@ -122,8 +180,7 @@ class RunMixin:
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Evaluate one batch, and count what its mean stands for."""
-        asked = self.stop.signal is not None and self.may_stop()
-        if any_rank(asked, device=self.args.device)[0]:
+        if all(any_rank(self.stop.signal is not None, self.may_stop(), device=self.args.device)):
             raise EvaluationStopped
         output = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         items = self.count_items(inputs).to(output[0].device)
@@ -135,7 +192,7 @@ class RunMixin:
 
         Upstream averages the means of batches, so its evaluation loss depends on the batch size (transformers 5.19).
         """
-        self._evaluated = torch.zeros(2, device=self.args.device)
+        self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
         total, items = self.accelerator.reduce(self._evaluated, "sum")
         if items:

@@ -118,6 +118,23 @@ def test_one_preempted_job_of_a_sweep_is_queued_again_alone(slurm: SlurmCluster,
 
 
 @pytest.mark.slow
+def test_a_run_on_two_nodes_is_one_group_and_goes_on_as_one_after_a_preemption(slurm: SlurmCluster, tmp_path):
+    words = ("hardware.num_nodes=2", "hardware.device=cpu", "training.max_steps=60", "evaluation=off")
+    driver = start(slurm, tmp_path, *SLURM, *words, "training.logging_steps=1", "name=wide")
+    run_dir = tmp_path / "runs/wide"
+    wait_for_steps(run_dir, 5)
+    job_id = job_of(run_dir)["job_id"]
+    nodes = slurm.ask("squeue", "-h", "-j", job_id, "-o", "%N")
+    slurm.ask("scancel", "--signal=USR2", job_id)
+    output = driver.communicate(timeout=400)[0]
+
+    assert driver.returncode == 0, output
+    assert nodes == "node[1-2]"
+    assert job_of(run_dir)["starts"] == 2
+    assert steps_of(run_dir) == list(range(1, 61))
+
+
+@pytest.mark.slow
 def test_a_run_on_a_node_that_dies_goes_on_from_its_checkpoint_on_another(slurm: SlurmCluster, tmp_path):
     words = ("training.max_steps=300", "training.save_steps=10", "evaluation=off", "training.logging_steps=1")
     driver = start(slurm, tmp_path, *SLURM, *words, "name=moved")

@@ -58,12 +58,23 @@ def test_an_unknown_optimizer_names_the_nearest():
 def test_deepspeed_settings_become_its_own_config():
     offload = DeepSpeedConfig(name="zero3_offload", stage=3, offload_optimizer="cpu", offload_param="cpu")
 
-    given = deepspeed_dict(offload)
+    given = deepspeed_dict(offload, TrainingConfig())
 
     assert given is not None
+    assert given["optimizer"]["type"] == "AdamW"  # DeepSpeed's own, for state in host memory
     assert given["zero_optimization"]["stage"] == 3
     assert given["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": True}
-    assert deepspeed_dict(DeepSpeedConfig()) is None
+    assert deepspeed_dict(DeepSpeedConfig(), TrainingConfig()) is None
+
+
+def test_an_optimizer_that_deepspeed_lacks_on_the_host_is_allowed_there():
+    offload = DeepSpeedConfig(name="zero2", stage=2, offload_optimizer="cpu")
+
+    given = deepspeed_dict(offload, TrainingConfig(optim="adafactor"))
+
+    assert given is not None
+    assert given["zero_force_ds_cpu_optimizer"] is False
+    assert "optimizer" not in given
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -93,5 +104,13 @@ def test_deepspeed_reaches_training_arguments_as_a_dict(tmp_path):
 def test_the_number_of_steps_is_known_before_training(settings, examples, steps):
     training = TrainingConfig(**settings)
     resolve_batch(training, devices=1)
+
+    assert total_steps(training, examples) == steps
+
+
+@pytest.mark.parametrize(("examples", "steps"), [(16, 2), (17, 4), (21, 4), (3, 2)])
+def test_steps_are_those_of_all_devices_together(examples, steps):
+    training = TrainingConfig(num_train_epochs=2.0, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    resolve_batch(training, devices=2)
 
     assert total_steps(training, examples) == steps

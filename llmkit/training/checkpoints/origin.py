@@ -1,5 +1,6 @@
 """What a run goes on from: looked up before anything else, brought here if it is elsewhere, said in one line."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,21 @@ def bring_checkpoint(config: TrainConfig, run_dir: Path, console: RunConsole) ->
     else:
         console.fact("resume", f"goes on from step {manifest.step_of(own)} ({why})")
     return own
+
+
+def bring_to_machine(checkpoint: Path, config: TrainConfig, run_dir: Path, console: RunConsole) -> None:
+    """Have the run's checkpoint on this machine too, where its disk is not one that the first machine sees.
+
+    Raises ConfigError if there is nowhere to take it from.
+    """
+    if checkpoint.exists():
+        return
+    there = bring_checkpoint(config, run_dir, console) if run_place(config, run_dir) else None
+    if there != checkpoint:
+        raise ConfigError(
+            f"{os.uname().nodename} does not see {checkpoint}, which the run goes on from: put run_dir= on a disk that "
+            "all machines share, or give the run a copy that they reach, checkpoint.remote=s3://..."
+        )
 
 
 def newest_whole(run_dir: Path, console: RunConsole) -> Path | None:

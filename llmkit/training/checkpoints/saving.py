@@ -149,6 +149,7 @@ def _link_files(directory: Path, contents: dict[str, Any]) -> dict[str, Any]:
     """Give the files among `contents` a second name in `directory`; returns the rest."""
     for name, value in contents.items():
         if isinstance(value, Path):
+            (directory / name).unlink(missing_ok=True)  # what upstream may have written of the same name
             durable.second_name(value, directory / name)
     return {name: value for name, value in contents.items() if not isinstance(value, Path)}
 

@@ -1,0 +1,33 @@
+"""What holds the processes of a run together: seen in the model that is really trained, not in what was asked for."""
+
+from typing import Any
+
+import torch
+
+
+def engine_in_use(trainer: Any) -> str:
+    """`single`, `ddp`, `zero1` to `zero3` or `fsdp2`: of a trainer that has begun to train."""
+    model = trainer.model_wrapped
+    if trainer.is_deepspeed_enabled:
+        return f"zero{model.zero_optimization_stage()}"
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        return "ddp"
+    if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
+        return "fsdp2"
+    return "single"
+
+
+def is_sharded(trainer: Any) -> bool:
+    """Whether the engine may divide the weights themselves among the processes."""
+    return bool(trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
+
+
+def whole_weights(trainer: Any) -> dict[str, torch.Tensor] | None:
+    """The weights of a model that no process holds whole, put together on the main one; None where each has them all.
+
+    Every rank takes part.
+    """
+    engine = engine_in_use(trainer)
+    if engine not in ("zero3", "fsdp2"):
+        return None
+    return trainer.accelerator.get_state_dict(trainer.model_wrapped)

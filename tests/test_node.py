@@ -1,0 +1,187 @@
+"""The processes of a run on a machine: signals reach all of them, and the first that fails is heard, once."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from llmkit import rundir
+from llmkit.training.checkpoints import manifest
+from llmkit.training.metrics import read_metrics
+
+CHECKOUT = Path(__file__).parents[1]
+TWO = ["hardware=cpu", "hardware.num_processes=2", "evaluation=off"]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A function that starts `llmkit train`; what still runs at the end is killed."""
+    started = []
+
+    def start(*words: str, env: dict[str, str] | None = None):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llmkit.train", *words],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(CHECKOUT)} | (env or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        family = [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+        for one in family:
+            one.kill()
+        process.wait()
+
+
+def wait_for(what, seconds=120):
+    """Wait until `what()` is true, and return it."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := what():
+            return value
+        time.sleep(0.05)
+    raise AssertionError("it did not come")
+
+
+def at_step(run_dir, step):
+    return any(record.get("step", 0) >= step and "loss" in record for record in read_metrics(run_dir))
+
+
+def ranks_of(driver):
+    """The processes that train, by their rank."""
+    found = {}
+    for process in psutil.Process(driver.pid).children(recursive=True):
+        try:
+            environment = process.environ()
+        except psutil.Error:
+            continue
+        if "RANK" in environment and "LLMKIT_RANKS" in environment:
+            found[int(environment["RANK"])] = process
+    return found
+
+
+LONG = ["training.max_steps=2000", "training.logging_steps=1", "training.global_batch_size=4", "name=alpha"]
+
+
+def test_a_signal_stops_all_processes_at_one_saved_step_and_the_run_goes_on(start, tmp_path, run_llmkit):
+    driver, run = start(*TWO, *LONG), tmp_path / "runs/alpha"
+    wait_for(lambda: at_step(run, 3))
+
+    driver.send_signal(signal.SIGTERM)
+    said, _ = driver.communicate(timeout=120)
+
+    assert driver.returncode == 75, said
+    assert rundir.read_result(run)["status"] == "preempted"
+    step = manifest.step_of(manifest.latest(run))
+    assert f"at step {step}, saved" in said
+    assert "Traceback" not in said
+
+    done = run_llmkit("resume", run, f"training.max_steps={step + 2}", "resume_allow=[training.max_steps]")
+
+    assert done.returncode == 0, done.stderr
+    assert [r["step"] for r in read_metrics(run) if "loss" in r][-2:] == [step + 1, step + 2]
+
+
+def test_a_driver_that_is_killed_takes_no_step_with_it(start, tmp_path):
+    driver, run = start(*TWO, *LONG), tmp_path / "runs/alpha"
+    wait_for(lambda: at_step(run, 3))
+    ranks = ranks_of(driver)
+    assert sorted(ranks) == [0, 1]
+
+    driver.kill()
+
+    wait_for(lambda: not any(process.is_running() for process in ranks.values()))
+    result = wait_for(lambda: rundir.read_result(run))
+    assert result["status"] == "preempted"
+    assert manifest.step_of(manifest.latest(run)) == result["steps"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_killed_ends_the_run_with_one_message(rank, start, tmp_path):
+    driver, run = start(*TWO, *LONG), tmp_path / "runs/alpha"
+    wait_for(lambda: at_step(run, 3))
+
+    ranks_of(driver)[rank].kill()
+    said, _ = driver.communicate(timeout=120)
+
+    assert driver.returncode == 1
+    assert f"error: rank {rank} was ended by SIGKILL" in said
+    assert "Traceback" not in said
+    assert "ChildFailedError" not in said
+
+
+def test_what_only_one_process_meets_is_said_once_with_its_rank(start, tmp_path):
+    broken = tmp_path / "sitecustomize.py"
+    broken.write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1' and 'LLMKIT_RANKS' in os.environ:\n"
+        "    import llmkit.training.ranks as ranks\n"
+        "    def fail(config):\n"
+        "        raise MemoryError('no room on this one')\n"
+        "    ranks.agree = fail\n"
+    )
+    driver = start(*TWO, "name=alpha", env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{CHECKOUT}"})
+
+    said, _ = driver.communicate(timeout=120)
+
+    assert driver.returncode == 1
+    assert said.count("error: ") == 1
+    assert "error: rank 1: " in said
+    assert "no room on this one" in rundir.read_result(tmp_path / "runs/alpha")["error"]
+
+
+def test_wrong_data_is_one_message_and_leaves_nothing(start, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"unknown": 1}) + "\n")
+
+    driver = start(*TWO, "data=jsonl", "data.path=rows.jsonl", "name=alpha")
+    said, _ = driver.communicate(timeout=120)
+
+    assert driver.returncode == 2
+    assert said.count("error: ") == 1
+    assert "Traceback" not in said
+    assert not (tmp_path / "runs/alpha").exists()
+
+
+def test_more_processes_than_gpus_are_refused(start, tmp_path):
+    driver = start("hardware=h100", "hardware.num_processes=4", "name=alpha", env={"CUDA_VISIBLE_DEVICES": "0,1"})
+    said, _ = driver.communicate(timeout=60)
+
+    assert driver.returncode == 2
+    assert "hardware.num_processes=4: there are 2 GPUs" in said
+    assert not (tmp_path / "runs/alpha").exists()
+
+
+def test_two_machines_train_one_model(start, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["hardware=cpu", "hardware.num_nodes=2", f"hardware.rendezvous=127.0.0.1:{port}", "evaluation=off"]
+    words += ["training.max_steps=4", "training.logging_steps=1", "name=alpha"]
+    first = start(*words, "hardware.node_rank=0")
+    run = tmp_path / "runs/alpha"
+    command = wait_for(lambda: re.search(r"machine 2 of 2: llmkit train (.*)", first.stdout.readline()))[1].split()
+
+    second = start(*command)
+    said, _ = second.communicate(timeout=120)
+    also_said, _ = first.communicate(timeout=120)
+
+    assert second.returncode == 0, said
+    assert first.returncode == 0, also_said
+    assert "engine     ddp, 2 processes" in also_said
+    assert rundir.read_result(run)["status"] == "completed"
+    assert (run / rundir.FINAL / "adapter_model.safetensors").exists()

@@ -11,6 +11,7 @@ time: all that is known of a job is in its run directory (job.json, result.json)
 import contextlib
 import functools
 import importlib
+import math
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -23,7 +24,7 @@ from llmkit.config import TrainConfig, load
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError, LlmkitError
 from llmkit.launchers.job_record import ENDED, QUEUED, RUNNING, JobRecord, now
 from llmkit.launchers.prepare import is_finished, prepare
-from llmkit.launchers.sweep import Job, Sweep
+from llmkit.launchers.sweep import Sweep
 
 GLANCE = 0.5  # seconds between two looks at the run directories; the scheduler is asked every launcher.poll_s
 
@@ -81,7 +82,7 @@ def ready(configs: Sequence[TrainConfig]) -> None:
     for config in configs:
         if config.run_dir:
             refuse_held_elsewhere(config, Path(config.run_dir))
-    configs = [config for config in configs if not _is_handed_over(config)]
+    configs = [config for config in configs if not (config.run_dir and _handed_over(Path(config.run_dir)))]
     for launcher in {repr(config.launcher): config for config in configs}.values():
         connect(launcher.launcher).check(launcher)
     if wanted := list(filter(_wants_preflight, configs)):
@@ -96,7 +97,7 @@ def run_there(config: TrainConfig, run_dir: Path) -> int:
         return EXIT_DONE
     refuse_held_elsewhere(config, run_dir)
     scheduler = connect(config.launcher)
-    record = at_work(scheduler, run_dir)
+    record = at_work(scheduler, [run_dir]).get(run_dir)
     if record is not None:
         print(f"job     {record.job_id} runs {run_dir} already ({record.state}); nothing new is queued", flush=True)
     else:
@@ -116,12 +117,10 @@ def queue_sweep(sweep: Sweep) -> None:
     if not jobs:
         return
     scheduler = connect(jobs[0].config.launcher)
-    new: list[Job] = []
+    queued = at_work(scheduler, [job.run_dir for job in jobs])
+    new = [job for job in jobs if job.run_dir not in queued]
     for job in jobs:
-        record = at_work(scheduler, job.run_dir)
-        if record is None:
-            new.append(job)
-        else:
+        if record := queued.get(job.run_dir):
             sweep.note(job, status=record.state, detail=f"job {record.job_id} is at it already")
     records = _queue(scheduler, [(job.config, job.run_dir) for job in new]) if new else []
     for job, record in zip(new, records, strict=True):
@@ -152,7 +151,7 @@ def refuse_held_elsewhere(config: TrainConfig, run_dir: Path) -> None:
     if record is None or record.launcher not in SCHEDULERS or record.launcher == config.launcher.name:
         return  # what runs on this machine holds the directory's lock
     with contextlib.suppress(LlmkitError):  # where it cannot be asked, it may be at work
-        if record.state == ENDED or at_work(connect(load(run_dir).launcher), run_dir) is None:
+        if record.state == ENDED or not at_work(connect(load(run_dir).launcher), [run_dir]):
             return
     raise ConfigError(
         f"{run_dir} is in the hands of {record.launcher} (job {record.job_id}): launcher={record.launcher} follows it, "
@@ -160,25 +159,27 @@ def refuse_held_elsewhere(config: TrainConfig, run_dir: Path) -> None:
     )
 
 
-def _is_handed_over(config: TrainConfig) -> bool:
-    record = JobRecord.read(Path(config.run_dir)) if config.run_dir else None
-    return record is not None and record.launcher in SCHEDULERS and record.state != ENDED
+def _handed_over(run_dir: Path) -> JobRecord | None:
+    """The record of a job that was handed to a scheduler and has not said that it has ended."""
+    record = JobRecord.read(run_dir)
+    return record if record is not None and record.launcher in SCHEDULERS and record.state != ENDED else None
 
 
 def _wants_preflight(config: TrainConfig) -> bool:
     return config.launcher.preflight
 
 
-def at_work(scheduler: Scheduler, run_dir: Path) -> JobRecord | None:
-    """The job that is queued or running for a run; None if there is none. Its state is the scheduler's."""
-    record = JobRecord.read(run_dir)
-    if record is None or record.launcher not in SCHEDULERS or record.state == ENDED:
-        return None
-    seen = scheduler.seen([record.job_id]).get(record.job_id)
-    if seen is None or seen.state == ENDED:
-        return None
-    record.state = seen.state
-    return record
+def at_work(scheduler: Scheduler, run_dirs: Sequence[Path]) -> dict[Path, JobRecord]:
+    """The jobs that are queued or running for these runs, those that have one. Their state is the scheduler's."""
+    records = {run_dir: record for run_dir in run_dirs if (record := _handed_over(run_dir)) is not None}
+    told = scheduler.seen([record.job_id for record in records.values()]) if records else {}
+    found = {}
+    for run_dir, record in records.items():
+        seen = told.get(record.job_id)
+        if seen is not None and seen.state != ENDED:
+            record.state = seen.state
+            found[run_dir] = record
+    return found
 
 
 def changes(
@@ -194,7 +195,7 @@ def changes(
         glance: called at every look at the run directories.
     """
     states: dict[Path, str] = dict.fromkeys(run_dirs, QUEUED)
-    asked = 0.0
+    asked = -math.inf
     told: dict[str, Seen] = {}
     while states:
         glance()
@@ -291,7 +292,7 @@ def _queue(scheduler: Scheduler, runs: Sequence[tuple[TrainConfig, Path]]) -> li
             for config, run_dir in runs:
                 locks.enter_context(prepare(config, run_dir))
             taken = scheduler.submit([config for config, _ in runs], [run_dir.absolute() for _, run_dir in runs])
-        except ConfigError:
+        except LlmkitError:
             locks.close()
             for _, run_dir in runs:
                 if run_dir.exists():

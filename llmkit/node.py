@@ -77,6 +77,8 @@ class _Group:
         """Start the ranks and wait for them."""
         keep_output(self.run_dir / rundir.CONSOLE)
         (self.run_dir / rundir.RANKS).mkdir(exist_ok=True, parents=True)
+        import psutil  # noqa: F401 - not in a signal's handler, where another signal would find it half imported
+
         for number in SIGNALS:
             signal.signal(number, self._hand_on)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -129,10 +131,10 @@ class _Group:
         """Ask all ranks to stop; asked once more, end them at once."""
         if self.asked is not None and number != signal.SIGINT and time.monotonic() - self.asked < ECHO:
             return
+        again, self.asked = self.asked is not None, self.asked or time.monotonic()  # first: the next may come meanwhile
         for process in _children():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(process, number if self.asked is None else signal.SIGKILL)
-        self.asked = self.asked or time.monotonic()
+                os.kill(process, signal.SIGKILL if again else number)
 
     def _explain(self, failed: list[Any]) -> int:
         """Say why, and leave a result that says it too; returns the exit code."""

@@ -45,8 +45,7 @@ def start(tmp_path):
         family = [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
         for one in family:
             one.kill()
-        process.wait()
-        process.stdout.close()
+        process.communicate()  # closes its pipe, too
 
 
 def wait_for(what, seconds=120):

@@ -103,6 +103,38 @@ def test_a_preempted_run_saves_is_queued_again_and_ends_as_if_undisturbed(
 
 
 @pytest.mark.slow
+def test_one_preempted_job_of_a_sweep_is_queued_again_alone(slurm: SlurmCluster, tmp_path):
+    words = ("training.max_steps=80", "evaluation=off", "training.logging_steps=1")
+    driver = start(slurm, tmp_path, *SLURM, *words, "-m", "lora.r=2,4", "name=s")
+    first, second = tmp_path / "runs/s/r=2", tmp_path / "runs/s/r=4"
+    wait_for_steps(first, 5)
+    slurm.ask("scancel", "--signal=USR2", job_of(first)["job_id"])
+    output = driver.communicate(timeout=300)[0]
+
+    assert driver.returncode == 0, output
+    assert [job["status"] for job in sweep_of(tmp_path / "runs/s")] == ["completed"] * 2
+    assert (job_of(first)["starts"], job_of(second)["starts"]) == (2, 1)
+    assert steps_of(first) == list(range(1, 81))
+
+
+@pytest.mark.slow
+def test_a_run_on_two_nodes_is_one_group_and_goes_on_as_one_after_a_preemption(slurm: SlurmCluster, tmp_path):
+    words = ("hardware.num_nodes=2", "hardware.device=cpu", "training.max_steps=60", "evaluation=off")
+    driver = start(slurm, tmp_path, *SLURM, *words, "training.logging_steps=1", "name=wide")
+    run_dir = tmp_path / "runs/wide"
+    wait_for_steps(run_dir, 5)
+    job_id = job_of(run_dir)["job_id"]
+    nodes = slurm.ask("squeue", "-h", "-j", job_id, "-o", "%N")
+    slurm.ask("scancel", "--signal=USR2", job_id)
+    output = driver.communicate(timeout=400)[0]
+
+    assert driver.returncode == 0, output
+    assert nodes == "node[1-2]"
+    assert job_of(run_dir)["starts"] == 2
+    assert steps_of(run_dir) == list(range(1, 61))
+
+
+@pytest.mark.slow
 def test_a_run_on_a_node_that_dies_goes_on_from_its_checkpoint_on_another(slurm: SlurmCluster, tmp_path):
     words = ("training.max_steps=300", "training.save_steps=10", "evaluation=off", "training.logging_steps=1")
     driver = start(slurm, tmp_path, *SLURM, *words, "name=moved")
@@ -126,20 +158,23 @@ def test_a_run_on_a_node_that_dies_goes_on_from_its_checkpoint_on_another(slurm:
 
 @pytest.mark.slow
 def test_a_run_that_goes_on_after_its_node_was_given_up_is_not_run_twice(slurm: SlurmCluster, tmp_path):
-    driver = start(slurm, tmp_path, *SLURM, *LONG[1:], "training.max_steps=400", "name=silent")
+    driver = start(slurm, tmp_path, *SLURM, *LONG[1:], "training.max_steps=1200", "name=silent")
     run_dir = tmp_path / "runs/silent"
     wait_for_steps(run_dir, 3)
-    first = job_of(run_dir)["host"]
+    job = job_of(run_dir)
 
-    slurm.kill_daemon(first)
+    slurm.kill_daemon(job["host"])
     try:
+        wait_until(lambda: "Restarts=1" in slurm.ask("scontrol", "-o", "show", "job", job["job_id"]), slurm.told, 120)
+        before = len(steps_of(run_dir))
         output = driver.communicate(timeout=400)[0]
     finally:
-        slurm.start_node(first)
+        slurm.start_node(job["host"])
 
     assert driver.returncode == 0, output
+    assert before < 1200, "the run had ended before its node was given up"
     assert json.loads((run_dir / "result.json").read_text())["status"] == "completed"
-    assert steps_of(run_dir) == list(range(1, 401))
+    assert steps_of(run_dir) == list(range(1, 1201))
 
 
 def test_ctrl_c_leaves_the_jobs_to_themselves_and_the_same_command_finds_them(slurm: SlurmCluster, tmp_path):
@@ -301,6 +336,7 @@ def test_times_are_those_of_sbatch(compose, time):
     [
         ("launcher.time=2h", "launcher.time=2h: minutes"),
         ("launcher.additional_parameters={--mail-type: END}", "without dashes, mail-type"),
+        ("launcher.gpus_per_node=4", "launcher.gpus_per_node=4: a process takes one GPU"),
         ("launcher.container_runtime=docker", "must be one of apptainer"),
         ("launcher.max_parallel=2", "launcher.max_parallel: the chosen launcher has no such setting"),
     ],

@@ -22,6 +22,7 @@ class GradientNorms:
 
 class Scaled(RunMixin, GradientNorms):
     accelerator = SimpleNamespace(scaler=object())
+    args = SimpleNamespace(device=torch.device("cpu"))
     processing_class = SimpleNamespace(batch_decode=lambda ids: ["text"] * len(ids))
 
 

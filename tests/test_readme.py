@@ -80,6 +80,24 @@ def test_a_command_of_the_readme_runs(command, workplace, bucket, hub, monkeypat
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+ELSEWHERE = re.findall(r"^\| [^|`]+ \| `llmkit train (.*?)`", README, re.M)
+
+
+def test_the_table_from_one_cpu_to_a_cluster_is_found():
+    assert len(ELSEWHERE) >= 9
+
+
+@pytest.mark.parametrize("words", ELSEWHERE)
+def test_a_command_for_machines_that_are_not_here_is_a_whole_config(words, workplace, compose, monkeypatch):
+    monkeypatch.chdir(workplace)
+
+    made = compose(*shlex.split(words))
+
+    for config in made if isinstance(made, list) else [made]:
+        assert config.model.hub_id
+        assert config.training.global_batch_size
+
+
 def test_the_make_targets_of_the_readme_exist():
     targets = re.findall(r"^([a-z-]+):", (CHECKOUT / "Makefile").read_text(), re.M)
 

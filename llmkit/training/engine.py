@@ -6,9 +6,9 @@ import torch
 
 
 def engine_in_use(trainer: Any) -> str:
-    """`single`, `ddp`, `zero1` to `zero3` or `fsdp2`: of a trainer that has begun to train."""
+    """`single`, `ddp`, `zero1` to `zero3` or `fsdp2`; a trainer that has not begun to train has none yet: `single`."""
     model = trainer.model_wrapped
-    if trainer.is_deepspeed_enabled:
+    if hasattr(model, "zero_optimization_stage"):
         return f"zero{model.zero_optimization_stage()}"
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         return "ddp"

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import datasets
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Sampler
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llmkit import rundir
 from llmkit.data.encoding.batches import IGNORED
@@ -193,11 +195,28 @@ class RunMixin:
         Upstream averages the means of batches, so its evaluation loss depends on the batch size (transformers 5.19).
         """
         self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        with self._engine_if_there():
+            output = super().evaluation_loop(  # type: ignore[misc]
+                *args, metric_key_prefix=metric_key_prefix, **kwargs
+            )
         total, items = self.accelerator.reduce(self._evaluated, "sum")
         if items:
             output.metrics[f"{metric_key_prefix}_loss"] = float(total / items)
         return output
+
+    @contextmanager
+    def _engine_if_there(self) -> Iterator[None]:
+        """Evaluate a model that DeepSpeed does not have yet as it is, whole.
+
+        For stage 3 upstream makes an engine then; for the others it raises an error (transformers 5.19).
+        """
+        enabled = self.is_deepspeed_enabled
+        if enabled and not hasattr(self.model_wrapped, "zero_optimization_stage"):
+            self.is_deepspeed_enabled = is_deepspeed_zero3_enabled()
+        try:
+            yield
+        finally:
+            self.is_deepspeed_enabled = enabled
 
     def accumulators(self) -> dict[str, Any]:
         """The sums behind the next log event, which upstream forgets (transformers 5.19, trl 1.16).

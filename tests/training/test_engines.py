@@ -99,12 +99,12 @@ def saved(trained):
     return lambda engine: trained("training.save_steps=3", "lora.lora_dropout=0.1", *ENGINES[engine])
 
 
-def cut_short(run_dir, place):
-    """A copy of the run as if it had been killed after step 3."""
+def cut_short(run_dir, place, *, step=3):
+    """A copy of the run as if it had been killed after a step."""
     shutil.copytree(run_dir, place / "runs" / "again")
     copy = place / "runs" / "again"
     for checkpoint in manifest.committed(copy):
-        if manifest.step_of(checkpoint) != 3:
+        if manifest.step_of(checkpoint) != step:
             shutil.rmtree(checkpoint)
     (copy / rundir.RESULT).unlink()
     shutil.rmtree(copy / rundir.FINAL)
@@ -120,6 +120,20 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_nothing_had_been(engine, saved, t
 
     assert done.returncode == 0, done.stderr
     assert "goes on from step 3" in done.stdout
+    assert losses(run) == losses(whole)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(run)[name], tensor)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+def test_a_run_killed_behind_its_last_step_only_delivers(engine, saved, tmp_path, run_llmkit):
+    whole = saved(engine)
+    run = cut_short(whole, tmp_path, step=STEPS)
+
+    done = run_llmkit("resume", run)
+
+    assert done.returncode == 0, done.stderr
+    assert "step 1/" not in done.stdout
     assert losses(run) == losses(whole)
     for name, tensor in weights(whole).items():
         assert torch.equal(weights(run)[name], tensor)

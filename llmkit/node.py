@@ -14,7 +14,9 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +134,10 @@ class _Group:
         if self.asked is not None and number != signal.SIGINT and time.monotonic() - self.asked < ECHO:
             return
         again, self.asked = self.asked is not None, self.asked or time.monotonic()  # first: the next may come meanwhile
-        for process in _children():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL if again else number)
+        if again:
+            _send(signal.SIGKILL, _children())
+        else:
+            threading.Thread(target=_send_to_all, args=(number,), daemon=True).start()
 
     def _explain(self, failed: list[Any]) -> int:
         """Say why, and leave a result that says it too; returns the exit code."""
@@ -178,6 +181,22 @@ def _device(config: TrainConfig) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _send_to_all(number: int) -> None:
+    """Send a signal to every rank once, to those that are only being started too."""
+    told: set[int] = set()
+    while True:
+        new = set(_children()) - told
+        _send(number, new)
+        told |= new
+        time.sleep(0.2)
+
+
+def _send(number: int, processes: Iterable[int]) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
 
 
 def _children() -> list[int]:

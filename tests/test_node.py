@@ -97,6 +97,19 @@ def test_a_signal_stops_all_processes_at_one_saved_step_and_the_run_goes_on(star
     assert [r["step"] for r in read_metrics(run) if "loss" in r][-2:] == [step + 1, step + 2]
 
 
+def test_a_signal_that_comes_before_the_processes_do_stops_them_too(start, tmp_path):
+    driver, run = start(*TWO, *LONG), tmp_path / "runs/alpha"
+    wait_for(lambda: (run / rundir.RANKS).exists())  # the last thing before signals are heeded
+
+    time.sleep(0.5)
+    driver.send_signal(signal.SIGTERM)
+    said, _ = driver.communicate(timeout=120)
+
+    assert driver.returncode == 75, said
+    assert rundir.read_result(run)["status"] in ("stopped", "preempted")
+    assert "Traceback" not in said
+
+
 def test_a_driver_that_is_killed_takes_no_step_with_it(start, tmp_path):
     driver, run = start(*TWO, *LONG), tmp_path / "runs/alpha"
     wait_for(lambda: at_step(run, 3))

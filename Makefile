@@ -24,7 +24,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install
 STAMPS := $(VENV)/.stamps
 LAYER = $(PIP) --quiet --no-deps --requirement $<
 
-.PHONY: help demo test lint bench chaos serve-env deepspeed eval dev pins machine
+.PHONY: help demo test lint bench chaos serve-env deepspeed eval cluster dev pins machine
 .NOTPARALLEL:  # two pips in one environment undo each other's work
 
 help:  ## list the targets
@@ -33,7 +33,7 @@ help:  ## list the targets
 demo: machine $(STAMPS)/llmkit  ## install what training needs, then run the demo: fine-tune a tiny model
 	$(PY) -m llmkit.train
 
-test: machine dev deepspeed eval $(STAMPS)/serve-$(ACCELERATOR)  ## install everything, run all tests
+test: machine dev deepspeed eval cluster $(STAMPS)/serve-$(ACCELERATOR)  ## install everything, run all tests
 	$(PY) -m pytest -n $(WORKERS) --dist loadscope tests
 
 lint: machine dev  ## ruff (rules and format) and mypy
@@ -53,6 +53,8 @@ serve-env:  ## add vLLM to the environment (SERVE_VENV=DIR: to its own)
 deepspeed: $(STAMPS)/deepspeed  ## add DeepSpeed
 
 eval: $(STAMPS)/eval  ## add lm-evaluation-harness (llmkit evaluate tasks=...)
+
+cluster: $(STAMPS)/cluster  ## add what launcher=slurm needs
 
 dev: $(STAMPS)/dev  ## add what tests and lint need
 
@@ -95,6 +97,10 @@ $(STAMPS)/deepspeed: requirements/deepspeed.txt $(STAMPS)/llmkit
 
 $(STAMPS)/eval: requirements/eval.txt $(STAMPS)/llmkit
 	$(LAYER) --no-build-isolation
+	@touch $@
+
+$(STAMPS)/cluster: requirements/cluster.txt $(STAMPS)/llmkit
+	$(LAYER)
 	@touch $@
 
 $(STAMPS)/serve-$(ACCELERATOR): requirements/serve-$(ACCELERATOR).txt $(STAMPS)/llmkit

@@ -11,6 +11,7 @@ time: all that is known of a job is in its run directory (job.json, result.json)
 import contextlib
 import functools
 import importlib
+import math
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -194,7 +195,7 @@ def changes(
         glance: called at every look at the run directories.
     """
     states: dict[Path, str] = dict.fromkeys(run_dirs, QUEUED)
-    asked = 0.0
+    asked = -math.inf
     told: dict[str, Seen] = {}
     while states:
         glance()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit import rundir
+from llmkit.config import TrainConfig, load
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 from llmkit.launchers.devices import devices_of
 from llmkit.launchers.job_record import ENDED, QUEUED, RUNNING, JobRecord
@@ -109,7 +110,7 @@ class _Job:
             # In this process group, which is what a scheduler without cgroups ends.
             self.child = subprocess.Popen(
                 node_command(self.run_dir, self.place),
-                env=worker_environment() | _threads(),
+                env=worker_environment() | _threads(load(self.run_dir)),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -151,7 +152,9 @@ class _Job:
             time.sleep(0.2)
 
 
-def _threads() -> dict[str, str]:
+def _threads(config: TrainConfig) -> dict[str, str]:
     """Threads for the cores that the job was given, where nothing else says how many."""
     cores = os.environ.get("SLURM_CPUS_PER_TASK")
-    return {"OMP_NUM_THREADS": cores} if cores and "OMP_NUM_THREADS" not in os.environ else {}
+    if cores is None or "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(int(cores) // config.hardware.num_processes, 1))}

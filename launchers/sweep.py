@@ -33,11 +33,12 @@ class Job:
     status: str = "waiting"
     objective: float | None = None
     error: str | None = None
+    recorded: str | None = None  # how sweep.json names the directory, where whoever wrote it saw it elsewhere
     started: float | None = None  # on this process's clock, if it saw the start
 
     def record(self) -> dict[str, Any]:
         """The job as sweep.json shows it."""
-        shown = {"overrides": self.overrides, "run_dir": str(self.run_dir), "status": self.status}
+        shown = {"overrides": self.overrides, "run_dir": self.recorded or str(self.run_dir), "status": self.status}
         return shown | {"objective": self.objective, "error": self.error}
 
 
@@ -124,10 +125,10 @@ class Sweep:
         assert known is not None, directory
         jobs = []
         for one in known["jobs"]:
-            run_dir = directory / Path(one["run_dir"]).name  # as seen from here; it was written elsewhere
+            run_dir = directory / Path(one["run_dir"]).name
             config = load(run_dir) if (run_dir / rundir.CONFIG).exists() else TrainConfig()
             shown = {key: one[key] for key in ("overrides", "status", "objective", "error")}
-            jobs.append(Job(run_dir=run_dir, config=config, **shown))
+            jobs.append(Job(run_dir=run_dir, recorded=one["run_dir"], config=config, **shown))
         return cls(directory, known["objective"], jobs, [])
 
     def write(self) -> None:

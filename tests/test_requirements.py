@@ -54,7 +54,7 @@ def test_a_list_names_no_index_and_no_place_on_this_machine(layer):
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 def test_layers_that_share_an_environment_agree_on_every_version(platform):
     versions: dict[str, set[str]] = {}
-    for layer in ("torch", "train", "deepspeed", "dev", f"serve-{platform}"):
+    for layer in ("torch", "train", "deepspeed", "cluster", "dev", f"serve-{platform}"):
         for name, version in PINS[layer].items():
             versions.setdefault(name, set()).add(version)
     assert {name: found for name, found in versions.items() if len(found) > 1} == {}
@@ -262,7 +262,9 @@ def test_a_step_that_failed_is_taken_again_next_time(environment, step):
 @pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
 def test_all_tests_run_with_the_vllm_for_this_machine(environment, accelerator):
     commands = environment.make("test", accelerator=accelerator)
-    assert sorted(lists_in(commands)) == sorted(["torch", "train", "dev", "deepspeed", "eval", f"serve-{accelerator}"])
+    assert sorted(lists_in(commands)) == sorted(
+        ["torch", "train", "dev", "deepspeed", "eval", "cluster", f"serve-{accelerator}"]
+    )
 
 
 def test_another_index_is_asked_for_torch_only(environment):

@@ -18,10 +18,10 @@ def launcher_problems(config: TrainConfig) -> list[str]:
     if launcher.time is not None and not TIME.fullmatch(str(launcher.time)):
         problems.append(f"launcher.time={launcher.time}: minutes (90), HH:MM:SS (1:30:00) or D-HH:MM:SS (2-12:00:00).")
     gpus, processes = launcher.gpus_per_node, config.hardware.num_processes
-    if gpus is not None and gpus < processes and (gpus or config.hardware.device == "cuda"):
+    if gpus is not None and gpus != processes and (gpus or config.hardware.device == "cuda"):
         problems.append(
-            f"launcher.gpus_per_node={gpus}: hardware.num_processes={processes} processes take a GPU each; leave "
-            "launcher.gpus_per_node out."
+            f"launcher.gpus_per_node={gpus}: a process takes one GPU, and hardware.num_processes={processes}; set that, "
+            "and leave launcher.gpus_per_node out."
         )
     for key in launcher.additional_parameters:
         if key.startswith("-"):

@@ -126,20 +126,23 @@ def test_a_run_on_a_node_that_dies_goes_on_from_its_checkpoint_on_another(slurm:
 
 @pytest.mark.slow
 def test_a_run_that_goes_on_after_its_node_was_given_up_is_not_run_twice(slurm: SlurmCluster, tmp_path):
-    driver = start(slurm, tmp_path, *SLURM, *LONG[1:], "training.max_steps=400", "name=silent")
+    driver = start(slurm, tmp_path, *SLURM, *LONG[1:], "training.max_steps=1200", "name=silent")
     run_dir = tmp_path / "runs/silent"
     wait_for_steps(run_dir, 3)
-    first = job_of(run_dir)["host"]
+    job = job_of(run_dir)
 
-    slurm.kill_daemon(first)
+    slurm.kill_daemon(job["host"])
     try:
+        wait_until(lambda: "Restarts=1" in slurm.ask("scontrol", "-o", "show", "job", job["job_id"]), slurm.told, 120)
+        before = len(steps_of(run_dir))
         output = driver.communicate(timeout=400)[0]
     finally:
-        slurm.start_node(first)
+        slurm.start_node(job["host"])
 
     assert driver.returncode == 0, output
+    assert before < 1200, "the run had ended before its node was given up"
     assert json.loads((run_dir / "result.json").read_text())["status"] == "completed"
-    assert steps_of(run_dir) == list(range(1, 401))
+    assert steps_of(run_dir) == list(range(1, 1201))
 
 
 def test_ctrl_c_leaves_the_jobs_to_themselves_and_the_same_command_finds_them(slurm: SlurmCluster, tmp_path):
@@ -301,6 +304,7 @@ def test_times_are_those_of_sbatch(compose, time):
     [
         ("launcher.time=2h", "launcher.time=2h: minutes"),
         ("launcher.additional_parameters={--mail-type: END}", "without dashes, mail-type"),
+        ("launcher.gpus_per_node=4", "launcher.gpus_per_node=4: a process takes one GPU"),
         ("launcher.container_runtime=docker", "must be one of apptainer"),
         ("launcher.max_parallel=2", "launcher.max_parallel: the chosen launcher has no such setting"),
     ],

@@ -54,7 +54,7 @@ class RayCluster:
         head = ["--head", f"--port={port}", f"--ray-client-server-port={client}", "--include-dashboard=false"]
         try:
             self._start("head", *head, f"--temp-dir={self.base}")
-            wait_until(lambda: self._count() == 1, self.told, 60)
+            wait_until(lambda: self.state()["nodes"] == 1, self.told, 60)
             self.heal()
         except BaseException:
             self.__exit__()
@@ -67,10 +67,10 @@ class RayCluster:
         shutil.rmtree(self.base, ignore_errors=True)
 
     def heal(self) -> None:
-        """Start the second node where it has been killed, and wait until both are there and nothing runs."""
+        """Start the second node where it has been killed, and wait until both are there."""
         if "second" not in self._nodes:
             self._start("second", f"--address={self.address}", '--resources={"second": 1}')
-        wait_until(lambda: self._count() == 2, self.told, 60)
+            wait_until(lambda: self.state()["nodes"] == len(self._nodes), self.told, 60)
 
     def kill_node(self, name: str) -> None:
         """End a node as a power cut would: all of its processes, and what they have started."""
@@ -101,9 +101,6 @@ class RayCluster:
     def told(self) -> str:
         """What the daemons have written, for the message of a test that fails."""
         return "\n".join(path.read_text(errors="replace")[-2000:] for path in sorted(self.base.glob("*.out")))
-
-    def _count(self) -> int:
-        return self.state()["nodes"]
 
     def _start(self, name: str, *words: str) -> None:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]

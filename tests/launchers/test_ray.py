@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import sums
 from ray_cluster import CPUS, RayCluster
 from slurm_cluster import free_ports, wait_until
 
@@ -24,9 +23,8 @@ def on_ray(ray_cluster: RayCluster):
     """The words that choose the cluster; afterwards nothing of ours is left on it, and both nodes are there."""
     yield ("launcher=ray", f"launcher.address={ray_cluster.address}", "launcher.poll_s=1", "launcher.preflight=false")
     ray_cluster.heal()
-    wait_until(lambda: ray_cluster.state()["free"] == 2 * CPUS, lambda: str(ray_cluster.state()), 120)
-    state = ray_cluster.state()
-    assert (state["jobs"], state["groups"]) == ([], 0)
+    idle = {"nodes": 2, "jobs": [], "groups": 0, "free": 2 * CPUS}
+    wait_until(lambda: ray_cluster.state() == idle, lambda: str(ray_cluster.state()), 120)
 
 
 @pytest.fixture
@@ -90,7 +88,10 @@ def test_a_sweep_ends_ranked_as_on_this_machine_and_a_failed_job_hides_nothing(
 ):
     bad = tmp_path / "bad.jsonl"
     bad.write_text("not json\n")
-    files = f"data.path={chats_file()},{bad},{chats_file(*sums(12), name='more.jsonl')}"
+    more = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "?"}]} for n in range(8)
+    ]
+    files = f"data.path={chats_file()},{bad},{chats_file(*more, name='more.jsonl')}"
     words = ("train", "-m", files, "data.validation=0.25", *FAST)
 
     done = run_llmkit(*words, *on_ray, "name=there")

@@ -24,7 +24,7 @@ from llmkit.config import TrainConfig, load
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError, LlmkitError
 from llmkit.launchers.job_record import ENDED, QUEUED, RUNNING, JobRecord, now
 from llmkit.launchers.prepare import is_finished, prepare
-from llmkit.launchers.sweep import Job, Sweep
+from llmkit.launchers.sweep import Sweep
 
 GLANCE = 0.5  # seconds between two looks at the run directories; the scheduler is asked every launcher.poll_s
 
@@ -121,12 +121,10 @@ def queue_sweep(sweep: Sweep) -> None:
     if not jobs:
         return
     scheduler = connect(jobs[0].config.launcher)
-    new: list[Job] = []
+    found = all_at_work(scheduler, [job.run_dir for job in jobs])
+    new = [job for job in jobs if job.run_dir not in found]
     for job in jobs:
-        record = at_work(scheduler, job.run_dir)
-        if record is None:
-            new.append(job)
-        else:
+        if record := found.get(job.run_dir):
             sweep.note(job, status=record.state, detail=f"job {record.job_id} is at it already")
     records = _queue(scheduler, [(job.config, job.run_dir) for job in new]) if new else []
     for job, record in zip(new, records, strict=True):
@@ -176,14 +174,24 @@ def _wants_preflight(config: TrainConfig) -> bool:
 
 def at_work(scheduler: Scheduler, run_dir: Path) -> JobRecord | None:
     """The job that is queued or running for a run; None if there is none. Its state is the scheduler's."""
-    record = JobRecord.read(run_dir)
-    if record is None or record.launcher not in SCHEDULERS or record.state == ENDED:
-        return None
-    seen = scheduler.seen([record.job_id]).get(record.job_id)
-    if seen is None or seen.state == ENDED:
-        return None
-    record.state = seen.state
-    return record
+    return all_at_work(scheduler, [run_dir]).get(run_dir)
+
+
+def all_at_work(scheduler: Scheduler, run_dirs: Sequence[Path]) -> dict[Path, JobRecord]:
+    """The jobs that are queued or running for these runs, by run; the scheduler is asked once, if at all."""
+    records = {run_dir: record for run_dir in run_dirs if (record := JobRecord.read(run_dir)) is not None}
+    handed_over = {
+        run_dir: record
+        for run_dir, record in records.items()
+        if record.launcher in SCHEDULERS and record.state != ENDED
+    }
+    told = scheduler.seen([record.job_id for record in handed_over.values()]) if handed_over else {}
+    found = {}
+    for run_dir, record in handed_over.items():
+        if (seen := told.get(record.job_id)) is not None and seen.state != ENDED:
+            record.state = seen.state
+            found[run_dir] = record
+    return found
 
 
 def changes(

@@ -255,7 +255,7 @@ def refuse_impossible(config: TrainConfig, nodes: Sequence[dict[str, Any]]) -> N
     if sum(room) >= wanted:
         return
     kinds = Counter(_shown(have) for have in alive)
-    there = "; ".join(f"{count} node{'s' if count > 1 else ''} with {kind}" for kind, count in kinds.items())
+    there = "; ".join(f"{count} node{'s' if count > 1 else ''} with {kind}" for kind, count in sorted(kinds.items()))
     of = f"{wanted} nodes with {_shown(need)} each" if wanted > 1 else f"a node with {_shown(need)}"
     raise ConfigError(
         f"launcher=ray: the run needs {of}, and this cluster has {there or 'no node'}; ask for less "

@@ -1,5 +1,7 @@
 """A real Ray of two nodes on this machine, for tests: each node is a `ray start` with all of its processes.
 
+The second one has a GPU, which is a number to Ray: what is told to use it need not.
+
 with RayCluster() as cluster:
     ray.init(cluster.address)
 """
@@ -69,7 +71,7 @@ class RayCluster:
     def heal(self) -> None:
         """Start the second node where it has been killed, and wait until both are there."""
         if "second" not in self._nodes:
-            self._start("second", f"--address={self.address}", '--resources={"second": 1}')
+            self._start("second", f"--address={self.address}", "--num-gpus=1", '--resources={"second": 1}')
             wait_until(lambda: self.state()["nodes"] == len(self._nodes), self.told, 60)
 
     def kill_node(self, name: str) -> None:

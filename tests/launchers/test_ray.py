@@ -3,11 +3,12 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import psutil
 import pytest
 from ray_cluster import CPUS, RayCluster
 from slurm_cluster import free_ports, wait_until
@@ -15,13 +16,15 @@ from slurm_cluster import free_ports, wait_until
 CHECKOUT = Path(__file__).parents[2]
 FAST = ("training.max_steps=4", "evaluation=off", "training.logging_steps=1")
 LONG = ("training.max_steps=100000", "evaluation=off", "training.logging_steps=1", "training.eval_steps=1000000")
-RANKS = ("hardware.device=cpu", "training.global_batch_size=16")
+CPU = "hardware.device=cpu"
+BATCH = "training.global_batch_size=16"
 
 
 @pytest.fixture
 def on_ray(ray_cluster: RayCluster):
     """The words that choose the cluster; afterwards nothing of ours is left on it, and both nodes are there."""
-    yield ("launcher=ray", f"launcher.address={ray_cluster.address}", "launcher.poll_s=1", "launcher.preflight=false")
+    address = f"launcher.address={ray_cluster.address}"
+    yield ("launcher=ray", address, "launcher.poll_s=1", "launcher.preflight=false", CPU)
     ray_cluster.heal()
     idle = {"nodes": 2, "jobs": [], "groups": 0, "free": 2 * CPUS}
     wait_until(lambda: ray_cluster.state() == idle, lambda: str(ray_cluster.state()), 120)
@@ -95,7 +98,7 @@ def test_a_sweep_ends_ranked_as_on_this_machine_and_a_failed_job_hides_nothing(
     words = ("train", "-m", files, "data.validation=0.25", *FAST)
 
     done = run_llmkit(*words, *on_ray, "name=there")
-    here = run_llmkit(*words, "name=here")
+    here = run_llmkit(*words, CPU, "name=here")
 
     assert (done.returncode, here.returncode) == (1, 1), done.stdout + done.stderr
     there, local = sweep_of(tmp_path / "runs/there"), sweep_of(tmp_path / "runs/here")
@@ -122,9 +125,7 @@ def test_a_sweep_goes_on_when_a_node_dies(on_ray, ray_cluster, start, tmp_path):
     (lost,) = (run_dir for run_dir in runs if node_of(ray_cluster, run_dir) == "second")
 
     ray_cluster.kill_node("second")
-    killed = time.time()
     before = steps_of(lost)
-    wait_until(lambda: job_of(lost)["starts"] == 2, "the lost run is not started again", 240)
     output = driver.communicate(timeout=400)[0]
 
     assert driver.returncode == 0, output
@@ -134,7 +135,6 @@ def test_a_sweep_goes_on_when_a_node_dies(on_ray, ray_cluster, start, tmp_path):
         assert steps_of(run_dir) == list(range(1, 301))
     log = (lost / "console.log").read_text()
     assert "a new run" not in log[log.index(f"step {before[-1]}/") :]  # it went on from its checkpoint
-    print(f"recovered after {(lost / 'console.log').stat().st_mtime - killed:.0f} s at most")
 
 
 @pytest.mark.slow
@@ -153,8 +153,12 @@ def test_a_run_that_loses_its_node_too_often_ends_and_says_so(on_ray, ray_cluste
 
 
 @pytest.mark.slow
-def test_jobs_share_what_they_ask_parts_of(on_ray, ray_cluster, run_llmkit, tmp_path):
-    half = "launcher.resources={second: 0.5}"
+@pytest.mark.parametrize(
+    ("half", "gpus"),
+    [("launcher.num_gpus=0.5", "0"), ("launcher.resources={second: 0.5}", "")],
+    ids=["GPU", "resource"],
+)
+def test_jobs_share_what_they_ask_parts_of(on_ray, ray_cluster, run_llmkit, tmp_path, half, gpus):
     queued = run_llmkit("train", *on_ray, half, "launcher.wait=false", *LONG, "-m", "lora.r=2,4,8", "name=half")
     assert queued.returncode == 0, queued.stderr
     runs = [tmp_path / "runs/half" / name for name in ("r=2", "r=4", "r=8")]
@@ -163,11 +167,12 @@ def test_jobs_share_what_they_ask_parts_of(on_ray, ray_cluster, run_llmkit, tmp_
         wait_for_steps(run_dir, 1)
     states = [job_of(run_dir)["state"] for run_dir in runs]
     nodes = {node_of(ray_cluster, run_dir) for run_dir in runs[:2]}
+    visible = {psutil.Process(job_of(run_dir)["process"]).environ()["CUDA_VISIBLE_DEVICES"] for run_dir in runs[:2]}
     listed = run_llmkit("jobs")
     cancelled = run_llmkit("jobs", "cancel", "half")
 
     assert states == ["running", "running", "queued"]
-    assert nodes == {"second"}
+    assert (nodes, visible) == ({"second"}, {gpus})
     assert [listed.stdout.count(f" {word} ") for word in ("running", "queued")] == [2, 1], listed.stdout
     assert cancelled.returncode == 0, cancelled.stderr
     for run_dir in runs[:2]:
@@ -182,7 +187,7 @@ def test_jobs_share_what_they_ask_parts_of(on_ray, ray_cluster, run_llmkit, tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize(("nodes", "processes"), [(1, 2), (2, 1)], ids=["one node", "two nodes"])
 def test_several_processes_train_in_one_bundle_each_node(on_ray, ray_cluster, start, tmp_path, nodes, processes):
-    words = (f"hardware.num_nodes={nodes}", f"hardware.num_processes={processes}", *RANKS, "training.max_steps=60")
+    words = (f"hardware.num_nodes={nodes}", f"hardware.num_processes={processes}", BATCH, "training.max_steps=60")
     driver = start(*on_ray, *words, "evaluation=off", "training.logging_steps=1", "name=ranks")
     run_dir = tmp_path / "runs/ranks"
     wait_for_steps(run_dir, 1)
@@ -200,7 +205,7 @@ def test_several_processes_train_in_one_bundle_each_node(on_ray, ray_cluster, st
 
 @pytest.mark.slow
 def test_a_job_of_two_nodes_goes_on_when_one_of_them_dies_and_comes_back(on_ray, ray_cluster, start, tmp_path):
-    words = ("hardware.num_nodes=2", *RANKS, "training.max_steps=200", "training.save_steps=10")
+    words = ("hardware.num_nodes=2", BATCH, "training.max_steps=200", "training.save_steps=10")
     driver = start(*on_ray, *words, "evaluation=off", "training.logging_steps=1", "name=pair")
     run_dir = tmp_path / "runs/pair"
     wait_for_steps(run_dir, 15)
@@ -219,7 +224,7 @@ def test_a_failed_job_of_two_nodes_ends_with_its_reason(on_ray, run_llmkit, tmp_
     bad = tmp_path / "bad.jsonl"
     bad.write_text("not json\n")
 
-    done = run_llmkit("train", *on_ray, "hardware.num_nodes=2", *RANKS, f"data.path={bad}", "name=failed")
+    done = run_llmkit("train", *on_ray, "hardware.num_nodes=2", BATCH, f"data.path={bad}", "name=failed")
 
     assert done.returncode == 2, done.stdout + done.stderr
     assert f"{bad}, line 1: not JSON" in done.stdout
@@ -287,8 +292,6 @@ def test_runs_of_a_commands_own_ray_save_when_it_is_killed(run_llmkit, start, tm
 
 
 def answers(port: int) -> bool:
-    import socket
-
     try:
         socket.create_connection(("127.0.0.1", port), timeout=5).close()
     except OSError:
@@ -311,10 +314,10 @@ def test_a_cluster_that_does_not_answer_is_named(run_llmkit, tmp_path):
 @pytest.mark.parametrize(
     ("words", "needs"),
     [
-        (("launcher.num_gpus=1",), "a node with CPU 1, GPU 1"),
+        (("launcher.num_gpus=2", "hardware.num_processes=2"), "a node with CPU 2, GPU 2"),
         (("launcher.num_cpus=64",), "a node with CPU 64"),
         (("launcher.resources={license: 1}",), "a node with CPU 1, license 1"),
-        (("hardware.num_nodes=3", "hardware.device=cpu"), "3 nodes with CPU 1 each"),
+        (("hardware.num_nodes=3",), "3 nodes with CPU 1 each"),
     ],
     ids=["GPUs", "CPUs", "resources", "nodes"],
 )
@@ -322,7 +325,7 @@ def test_what_no_node_has_is_refused_with_what_there_is(on_ray, run_llmkit, tmp_
     done = run_llmkit("train", *on_ray, *words, *sweep)
 
     assert done.returncode == 2
-    assert f"the run needs {needs}, and this cluster has 1 node with CPU {CPUS}, memory" in done.stderr
+    assert f"the run needs {needs}, and this cluster has 1 node with CPU {CPUS}, GPU 1, memory" in done.stderr
     assert not list((tmp_path / "runs").glob("**/config.yaml"))
 
 

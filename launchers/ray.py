@@ -23,7 +23,7 @@ from llmkit.config.launcher_schema import RayLauncherConfig
 from llmkit.errors import ConfigError
 from llmkit.install_command import install_command
 from llmkit.launchers.cluster import SchedulerError, Seen, Submitted
-from llmkit.launchers.job_record import QUEUED
+from llmkit.launchers.job_record import QUEUED, RUNNING
 from llmkit.launchers.local import package_parent
 
 NAMESPACE = "llmkit"  # of all our actors: one cluster serves many
@@ -109,6 +109,9 @@ def _module() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # What Ray does anyhow from now on; unset, it warns of it at every start (2.60).
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A cluster that was started where there is a token wants it, but Ray sends it only when told to (2.60).
+    if "RAY_AUTH_MODE" not in os.environ and _has_token():
+        os.environ["RAY_AUTH_MODE"] = "token"
     try:
         import ray
     except ImportError:
@@ -116,6 +119,12 @@ def _module() -> Any:
             f"launcher=ray needs Ray, which is not installed: {install_command('cluster', extra='cluster')}"
         ) from None
     return ray
+
+
+def _has_token() -> bool:
+    """Whether there is one for Ray's clusters, where Ray looks for it."""
+    named = os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
+    return bool(named) or (Path.home() / ".ray" / "auth_token").is_file()
 
 
 @contextlib.contextmanager
@@ -141,7 +150,12 @@ def _connected(address: str, *, start: bool = False) -> Iterator[Any]:
             raise SchedulerError(f"nothing answers at {address}.")
     try:
         ray.init(address=address, **options)
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+    except (OSError, RuntimeError, ValueError, AssertionError, ray.exceptions.RayError) as error:
+        if isinstance(error.__cause__ or error, ray.exceptions.AuthenticationError):
+            raise SchedulerError(
+                f"the Ray at {address} wants a token, and there is none here or another one; name it in "
+                "RAY_AUTH_TOKEN, or its file in RAY_AUTH_TOKEN_PATH."
+            ) from error
         if address == "auto":
             raise SchedulerError(
                 "no Ray runs on this machine and RAY_ADDRESS is not set; name one (HOST:6379 from a machine of the "
@@ -285,9 +299,9 @@ def _has_gpus(nodes: Sequence[dict[str, Any]]) -> bool:
 
 
 def _ask(ray: Any, names: Collection[str]) -> dict[str, Seen]:
-    answers = {name: actor.state.remote() for name, actor in _actors(ray, names).items()}
+    answers, lost = _call(ray, "state", names)
     said, _ = ray.wait(list(answers.values()), num_returns=len(answers), timeout=ANSWER) if answers else ([], [])
-    found = {}
+    found = {name: Seen(state=RUNNING, detail="does not answer") for name in _actors(ray, lost)} if lost else {}
     for name, answer in answers.items():
         found[name] = Seen(state=QUEUED, detail="waits for room")
         if answer in said:
@@ -301,6 +315,20 @@ def _ask(ray: Any, names: Collection[str]) -> dict[str, Seen]:
     return found
 
 
+def _call(ray: Any, method: str, names: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+    """The answers to come of the actors that have not ended, and the names of those that cannot even be called.
+
+    Through ray:// an actor that ends in this moment is an error of the system's (2.60).
+    """
+    answers, lost = {}, []
+    for name, actor in _actors(ray, names).items():
+        try:
+            answers[name] = getattr(actor, method).remote()
+        except ray.exceptions.RayError:
+            lost.append(name)
+    return answers, lost
+
+
 def _actors(ray: Any, names: Collection[str]) -> dict[str, Any]:
     """Handles of the actors that have not ended."""
     actors = {}
@@ -311,8 +339,7 @@ def _actors(ray: Any, names: Collection[str]) -> dict[str, Any]:
 
 
 def _cancel(ray: Any, names: Collection[str]) -> None:
-    actors = _actors(ray, names)
-    answers = {name: actor.stop.remote() for name, actor in actors.items()}
+    answers, _ = _call(ray, "stop", names)
     if not answers:
         return
     said, _ = ray.wait(list(answers.values()), num_returns=len(answers), timeout=ANSWER)

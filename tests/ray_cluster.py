@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -41,7 +42,7 @@ print(json.dumps({
 """
 
 # Of the nodes: `lo` is the one address that all of them have here.
-VARIABLES = {"RAY_USAGE_STATS_ENABLED": "0", "GLOO_SOCKET_IFNAME": "lo", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+VARIABLES = {"RAY_USAGE_STATS_ENABLED": "0", "GLOO_SOCKET_IFNAME": "lo", "RAY_AUTH_MODE": "token"}
 
 
 class RayCluster:
@@ -112,7 +113,17 @@ class RayCluster:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(closed_world: None) -> Iterator[RayCluster]:
+def ray_token(closed_world: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A token for the clusters of these tests. Without one Ray writes one to the user's home (2.60)."""
+    file = tmp_path_factory.mktemp("ray") / "token"
+    file.write_text(secrets.token_hex(32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
+        yield
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(ray_token: None) -> Iterator[RayCluster]:
     """A Ray of two nodes. Skips the test where Ray is not installed, unless LLMKIT_TEST_CLUSTERS is set."""
     if importlib.util.find_spec("ray") is None:
         reason = "Ray is not installed here: make cluster"

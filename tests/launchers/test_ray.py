@@ -264,7 +264,7 @@ def test_a_cluster_is_used_from_a_machine_outside_it(on_ray, ray_cluster, run_ll
 
 
 @pytest.mark.slow
-def test_a_ray_of_the_commands_own_runs_a_sweep_and_ends_with_it(run_llmkit, tmp_path):
+def test_a_ray_of_the_commands_own_runs_a_sweep_and_ends_with_it(ray_token, run_llmkit, tmp_path):
     words = ("launcher=ray", "launcher.address=local", "launcher.poll_s=1", "launcher.preflight=false")
 
     done = run_llmkit("train", *words, *FAST, "-m", "lora.r=2,4", "name=own")
@@ -277,7 +277,7 @@ def test_a_ray_of_the_commands_own_runs_a_sweep_and_ends_with_it(run_llmkit, tmp
 
 
 @pytest.mark.slow
-def test_runs_of_a_commands_own_ray_save_when_it_is_killed(run_llmkit, start, tmp_path):
+def test_runs_of_a_commands_own_ray_save_when_it_is_killed(ray_token, run_llmkit, start, tmp_path):
     words = ("launcher=ray", "launcher.address=local", "launcher.poll_s=1", "launcher.preflight=false")
     driver = start(*words, *LONG, "name=own")
     run_dir = tmp_path / "runs/own"
@@ -297,6 +297,17 @@ def answers(port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+@pytest.mark.slow
+def test_a_cluster_that_wants_another_token_says_so(on_ray, run_llmkit, tmp_path):
+    wrong = tmp_path / "token"
+    wrong.write_text("0" * 64)
+
+    done = run_llmkit("train", *on_ray, env={"RAY_AUTH_TOKEN_PATH": str(wrong)})
+
+    assert done.returncode == 2
+    assert "wants a token" in done.stderr
 
 
 def test_a_cluster_that_does_not_answer_is_named(run_llmkit, tmp_path):

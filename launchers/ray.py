@@ -149,7 +149,12 @@ def _connected(address: str, *, start: bool = False) -> Iterator[Any]:
         if address != "auto" and not _answers(address):
             raise SchedulerError(f"nothing answers at {address}.")
     try:
-        ray.init(address=address, **options)
+        try:
+            ray.init(address=address, **options)
+        except ConnectionAbortedError:
+            # ray:// alone: the server that a cluster starts for each client has half a minute, too little at first for
+            # a busy machine (2.60). The next one is there in a second.
+            ray.init(address=address, **options)
     except (OSError, RuntimeError, ValueError, AssertionError, ray.exceptions.RayError) as error:
         if isinstance(error.__cause__ or error, ray.exceptions.AuthenticationError):
             raise SchedulerError(

@@ -156,17 +156,15 @@ def _connected(address: str, *, start: bool = False) -> Iterator[Any]:
             # a busy machine (2.60). The next one is there in a second.
             ray.init(address=address, **options)
     except (OSError, RuntimeError, ValueError, AssertionError, ray.exceptions.RayError) as error:
-        if isinstance(error.__cause__ or error, ray.exceptions.AuthenticationError):
-            raise SchedulerError(
-                f"the Ray at {address} wants a token, and there is none here or another one; name it in "
-                "RAY_AUTH_TOKEN, or its file in RAY_AUTH_TOKEN_PATH."
-            ) from error
         if address == "auto":
             raise SchedulerError(
                 "no Ray runs on this machine and RAY_ADDRESS is not set; name one (HOST:6379 from a machine of the "
                 "cluster, ray://HOST:10001 from any other), or start one for this command: launcher.address=local."
             ) from error
-        raise SchedulerError(f"the Ray at {address} cannot be used from here: {_reason(error)}") from error
+        raise SchedulerError(
+            f"the Ray at {address} cannot be used from here: {_reason(error)} (HOST:PORT is for the cluster's own "
+            "machines, ray://HOST:10001 for others; one with a token wants RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)."
+        ) from error
     try:
         yield ray
     finally:

@@ -300,14 +300,15 @@ def answers(port: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_cluster_that_wants_another_token_says_so(on_ray, run_llmkit, tmp_path):
+def test_the_message_of_a_cluster_that_wants_another_token_says_where_it_goes(on_ray, run_llmkit, tmp_path):
     wrong = tmp_path / "token"
     wrong.write_text("0" * 64)
 
     done = run_llmkit("train", *on_ray, env={"RAY_AUTH_TOKEN_PATH": str(wrong)})
 
     assert done.returncode == 2
-    assert "wants a token" in done.stderr
+    assert "cannot be used from here" in done.stderr
+    assert "one with a token wants RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH" in done.stderr
 
 
 def test_a_cluster_that_does_not_answer_is_named(run_llmkit, tmp_path):

@@ -54,7 +54,7 @@ deepspeed: $(STAMPS)/deepspeed  ## add DeepSpeed
 
 eval: $(STAMPS)/eval  ## add lm-evaluation-harness (llmkit evaluate tasks=...)
 
-cluster: $(STAMPS)/cluster  ## add what launcher=slurm needs
+cluster: $(STAMPS)/cluster  ## add what launcher=slurm and launcher=ray need
 
 dev: $(STAMPS)/dev  ## add what tests and lint need
 

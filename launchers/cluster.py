@@ -52,6 +52,10 @@ class Seen:
 class Scheduler(Protocol):
     """What a launcher needs of a scheduler."""
 
+    @property
+    def outlives_driver(self) -> bool:
+        """Whether jobs go on when the process that has queued them ends."""
+
     def check(self, config: TrainConfig) -> None:
         """Raise ConfigError, naming what is legal, for what the scheduler would refuse."""
 
@@ -65,7 +69,7 @@ class Scheduler(Protocol):
         """End these jobs; those that have ended are no error. Raises SchedulerError."""
 
 
-SCHEDULERS = ("slurm",)  # names of modules of this package
+SCHEDULERS = ("slurm", "ray")  # names of modules of this package
 
 
 def connect(launcher: Any) -> Scheduler:
@@ -107,7 +111,7 @@ def run_there(config: TrainConfig, run_dir: Path) -> int:
     if not config.launcher.wait:
         _say_how(run_dir)
         return EXIT_DONE
-    with _detachable(run_dir):
+    with _detachable(scheduler, run_dir):
         return _follow_run(scheduler, run_dir, record, poll=config.launcher.poll_s)
 
 
@@ -135,7 +139,7 @@ def follow_sweep(sweep: Sweep) -> None:
     if open_jobs:
         launcher = next(iter(open_jobs.values())).config.launcher
         scheduler = connect(launcher)
-        with _detachable(sweep.directory):
+        with _detachable(scheduler, sweep.directory):
             for run_dir, seen in changes(scheduler, list(open_jobs), poll=launcher.poll_s):
                 job = open_jobs[run_dir]
                 if seen.state == ENDED:
@@ -321,13 +325,16 @@ def _patient(ask: Callable[[], dict[str, Seen]], pause: float) -> dict[str, Seen
 
 
 @contextlib.contextmanager
-def _detachable(directory: Path) -> Iterator[None]:
-    """Ctrl-C ends the driver and no job; it says how to go on from there."""
+def _detachable(scheduler: Scheduler, directory: Path) -> Iterator[None]:
+    """Ctrl-C ends the driver and, where the scheduler outlives it, no job; it says how to go on from there."""
     try:
         yield
     except KeyboardInterrupt:
-        print("\ndetached: the jobs go on.", flush=True)
-        _say_how(directory)
+        if scheduler.outlives_driver:
+            print("\ndetached: the jobs go on.", flush=True)
+            _say_how(directory)
+        else:
+            print("\nstopped: what runs saves its step and ends; the same command goes on from there.", flush=True)
         raise
 
 

@@ -41,17 +41,25 @@ class Place:
     host: str = ""
 
 
-def run_on_node(run_dir: Path, place: Place, *, requeue: Callable[[], bool]) -> int:
+def was_preempted(code: int) -> bool:
+    """Whether a run that ended so has been asked to stop, and has saved."""
+    return code == EXIT_PREEMPTED
+
+
+def run_on_node(
+    run_dir: Path, place: Place, *, requeue: Callable[[], bool], is_interrupted: Callable[[int], bool] = was_preempted
+) -> int:
     """Run this node's part of a run to its end; returns the exit code of the contract.
 
     Args:
-        requeue: queues this job again and tells whether it did; called on the first node alone, when the run was asked
-            to stop and has saved.
+        requeue: queues this job again and tells whether it did; called on the first node alone, when the run was
+            interrupted.
+        is_interrupted: whether a run that ended with this exit code is to go on elsewhere.
     """
     job = _Job(run_dir, place)
     for number in SIGNALS:
         signal.signal(number, job.stop)
-    return job.run(requeue)
+    return job.run(requeue, is_interrupted)
 
 
 def node_command(run_dir: Path, place: Place) -> list[str]:
@@ -75,7 +83,7 @@ class _Job:
             if self.child is not None and self.child.poll() is None:
                 self.child.send_signal(number)
 
-    def run(self, requeue: Callable[[], bool]) -> int:
+    def run(self, requeue: Callable[[], bool], is_interrupted: Callable[[int], bool]) -> int:
         if self.place.rank:
             return self._run()
         self._wait_for_the_directory()
@@ -92,7 +100,7 @@ class _Job:
         before = latest(self.run_dir)
         code = self._run(record)
         record.fruitless = record.fruitless + 1 if latest(self.run_dir) == before else 0
-        if code == EXIT_PREEMPTED and record.fruitless < MOST_FRUITLESS:
+        if code != EXIT_DONE and is_interrupted(code) and record.fruitless < MOST_FRUITLESS:
             record.state = QUEUED
             record.write(self.run_dir)  # before: to be queued again is to be ended
             if requeue():

@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from llmkit.config import TrainConfig
 from llmkit.config.launcher_schema import SlurmLauncherConfig
@@ -54,6 +54,7 @@ class Partition:
 class Slurm:
     """The Slurm cluster of this machine, asked through its commands."""
 
+    outlives_driver: ClassVar[bool] = True
     _partitions: list[Partition] = field(default_factory=list)
 
     def check(self, config: TrainConfig) -> None:

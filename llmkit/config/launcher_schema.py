@@ -1,6 +1,6 @@
 """The options of `launcher=`, one dataclass each: where runs are started, and what is asked of that place.
 
-The names of `launcher=slurm` are sbatch's and submitit's.
+The names of `launcher=slurm` are sbatch's and submitit's, those of `launcher=ray` Ray's.
 """
 
 from dataclasses import dataclass
@@ -61,5 +61,35 @@ class SlurmLauncherConfig(ClusterLauncherConfig):
     additional_parameters: dict[str, Any] = setting({}, "Other options of sbatch by their names: {mail-type: END}.")
 
 
+@dataclass(kw_only=True, slots=True)
+class RayLauncherConfig(ClusterLauncherConfig):
+    name: str = setting("ray", "The option of the launcher group.")
+    address: str = setting(
+        "auto",
+        "The cluster: auto (RAY_ADDRESS, or this machine's), HOST:PORT, ray://HOST:PORT, or local (one of its own).",
+    )
+    poll_s: float = setting(30.0, "Seconds between two questions to Ray while jobs are followed.", gt=0)
+    num_cpus: float | None = setting(None, "CPU cores on each node; unset: hardware.num_processes.", ge=0)
+    num_gpus: float | None = setting(
+        None, "GPUs on each node, 0.5 for half of one; unset: hardware.num_processes where the cluster has GPUs.", ge=0
+    )
+    mem_gb: float | None = setting(None, "Memory on each node in GB that Ray counts with; unset: none.", gt=0)
+    resources: dict[str, float] = setting({}, "Amounts of the cluster's own resources on each node: {license: 1}.")
+    placement_strategy: str = setting(
+        "STRICT_SPREAD",
+        "How the nodes of one job are laid out: STRICT_SPREAD keeps them on different machines.",
+        choices=("STRICT_SPREAD", "SPREAD", "PACK"),
+    )
+    max_retries: int = setting(3, "Times that a run is started again after its node was lost.", ge=0)
+    check_resources: bool = setting(
+        True, "Refuse what no node has now; false: on a cluster that adds nodes as they are needed."
+    )
+    runtime_env: dict[str, Any] = setting({}, "Ray's runtime_env of a run: {env_vars: {KEY: value}}.")
+
+
 # Option of the launcher group -> the dataclass that types it.
-LAUNCHERS: dict[str, type] = {"local": LocalLauncherConfig, "slurm": SlurmLauncherConfig}
+LAUNCHERS: dict[str, type] = {
+    "local": LocalLauncherConfig,
+    "slurm": SlurmLauncherConfig,
+    "ray": RayLauncherConfig,
+}

@@ -16,7 +16,7 @@ def _machine_problems(config: TrainConfig) -> list[str]:
         problems.append(
             f"hardware.num_nodes={hardware.num_nodes}: say which machine this is and where they meet, "
             "hardware.node_rank=0 hardware.rendezvous=HOST:29500 (HOST: the first machine), or leave it to a "
-            "scheduler, launcher=slurm."
+            "scheduler, launcher=slurm or launcher=ray."
         )
     elif hardware.node_rank >= hardware.num_nodes:
         problems.append(

@@ -16,8 +16,8 @@ import torch
 from recipe_trainers import make_trainer, random_pairs, random_rows, trained_weights
 
 from llmkit import config as configuration
-from llmkit import worker
 from llmkit.errors import EXIT_WRONG_INPUT, OutOfMemory
+from llmkit.failure import explained
 from llmkit.training import memory
 from llmkit.training.advice import is_out_of_memory, reason, smaller_batches, untried_changes
 from llmkit.training.console import RunConsole
@@ -271,11 +271,11 @@ def test_advice_for_later_names_every_change_that_is_left_the_cheapest_first(com
 def test_running_out_in_the_middle_of_a_run_is_explained_by_the_worker(compose):
     config = compose("model=tiny", "data=demo", "training.per_device_train_batch_size=4", "method=full")
 
-    said = worker._explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore"), config)
+    said = explained(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore"), config)
 
     assert said.startswith("out of memory: CUDA out of memory. Tried to allocate 2.00 GiB.\n")
     assert "\n  training.per_device_train_batch_size=2 training.gradient_accumulation_steps=2 (" in said
-    assert worker._explain(ValueError("something else"), config) == "something else"
+    assert explained(ValueError("something else"), config) == "something else"
 
 
 def test_only_a_lack_of_memory_counts_as_one():

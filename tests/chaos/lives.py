@@ -94,7 +94,7 @@ class Life:
 def run_in_fresh_process(config: TrainConfig, run_dir: Path) -> int:
     """The ordinary worker, as `llmkit train` starts it, from start to end; returns its exit code."""
     with prepare(copy.deepcopy(config), run_dir) as lock, (run_dir.parent / LOG).open("w") as log:
-        return start_worker(run_dir, lock=lock, output=log).wait()
+        return start_worker(config, run_dir, lock=lock, output=log).wait()
 
 
 def copy_run(run_dir: Path, target: Path) -> Path:

@@ -14,6 +14,7 @@ from llmkit.training.checkpoints.mirror import Mirror
 from llmkit.training.checkpoints.remote import RemoteRun, run_place
 from llmkit.training.checkpoints.saving import CheckpointWriter
 from llmkit.training.console import RunConsole
+from llmkit.training.engine import engine_in_use
 from llmkit.training.metrics import MetricsFile
 from llmkit.training.ranks import is_main
 from llmkit.training.ready import Ready
@@ -94,6 +95,7 @@ class Saves:
         hardware = self.config.hardware
         return {
             "world_size": hardware.num_processes * hardware.num_nodes,
+            "engine": engine_in_use(trainer),
             "config_hash": hashlib.sha256((self.run_dir / rundir.CONFIG).read_bytes()).hexdigest(),
             **self._fingerprints,
             "seconds": self.seconds,

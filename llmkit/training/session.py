@@ -81,7 +81,7 @@ class Session:
         )
         prompts = questions(self.data.validation or self.data.train, config.evaluation.samples)
         trainer.remove_callback(PrinterCallback)
-        self.engine: str | None = None
+        self.engine: str | None = self.saves.earlier.get("engine")  # of a run with no step left to train
         trainer.add_callback(Reporting(self.metrics, console, self.tracker))
         trainer.add_callback(Samples(self.generator, prompts, run_dir, console, self.tracker, goes_on=goes_on))
         self.best: BestWeights | None = None

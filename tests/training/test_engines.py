@@ -134,6 +134,7 @@ def test_a_run_killed_behind_its_last_step_only_delivers(engine, saved, tmp_path
 
     assert done.returncode == 0, done.stderr
     assert "step 1/" not in done.stdout
+    assert rundir.read_result(run)["engine"] == engine
     assert losses(run) == losses(whole)
     for name, tensor in weights(whole).items():
         assert torch.equal(weights(run)[name], tensor)

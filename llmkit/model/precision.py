@@ -1,5 +1,6 @@
 """What a precision means: the dtype of frozen weights, of trained weights, and of the arithmetic."""
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,8 @@ def resolve_device(hardware: HardwareConfig) -> torch.device:
         )
     if hardware.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())  # that of this rank, where there are several
+    rank = os.environ["LOCAL_RANK"] if "LLMKIT_RANKS" in os.environ else 0  # each process of a machine has one
+    return torch.device("cuda", int(rank))
 
 
 def native_precisions(device: torch.device) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from ray_cluster import CPUS, RayCluster
+from run_records import steps_of, sweep_of, wait_for_steps
 from slurm_cluster import free_ports, wait_until
 
 CHECKOUT = Path(__file__).parents[2]
@@ -51,10 +52,6 @@ def start(tmp_path):
         driver.communicate()
 
 
-def sweep_of(directory: Path) -> list[dict]:
-    return json.loads((directory / "sweep.json").read_text())["jobs"]
-
-
 def job_of(run_dir: Path) -> dict:
     path = run_dir / "job.json"
     return json.loads(path.read_text()) if path.exists() else {"state": None}
@@ -62,20 +59,6 @@ def job_of(run_dir: Path) -> dict:
 
 def result_of(run_dir: Path) -> dict:
     return json.loads((run_dir / "result.json").read_text())
-
-
-def steps_of(run_dir: Path) -> list[int]:
-    metrics = run_dir / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    return [json.loads(line)["step"] for line in lines if '"loss"' in line and line.endswith("}")]
-
-
-def wait_for_steps(run_dir: Path, count: int) -> None:
-    def told() -> str:
-        log = run_dir / "console.log"
-        return f"no training step was seen\n{log.read_text() if log.exists() else 'no log'}"
-
-    wait_until(lambda: len(steps_of(run_dir)) >= count, told, 180)
 
 
 def node_of(cluster: RayCluster, run_dir: Path) -> str:

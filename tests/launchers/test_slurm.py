@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from run_records import steps_of, sweep_of, wait_for_steps
 from slurm_cluster import SlurmCluster, wait_until
 
 CHECKOUT = Path(__file__).parents[2]
@@ -17,22 +18,8 @@ SLURM = ("launcher=slurm", "launcher.poll_s=1", "launcher.cpus_per_task=1", "lau
 LONG = ("training.max_steps=100000", "evaluation=off", "training.logging_steps=1", "training.eval_steps=1000000")
 
 
-def sweep_of(directory: Path) -> list[dict]:
-    return json.loads((directory / "sweep.json").read_text())["jobs"]
-
-
 def job_of(run_dir: Path) -> dict:
     return json.loads((run_dir / "job.json").read_text())
-
-
-def steps_of(run_dir: Path) -> list[int]:
-    metrics = run_dir / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    return [json.loads(line)["step"] for line in lines if '"loss"' in line and line.endswith("}")]
-
-
-def wait_for_steps(run_dir: Path, count: int) -> None:
-    wait_until(lambda: len(steps_of(run_dir)) >= count, "no training step was seen", 180)
 
 
 def start(slurm: SlurmCluster, tmp_path: Path, *words: str) -> subprocess.Popen:

@@ -23,6 +23,8 @@ from llmkit.launchers.sweep import Job, Sweep
 from llmkit.training.checkpoints.manifest import latest
 from llmkit.training.stopping import ECHO, SIGNALS
 
+MOST_PER_CORE = 4  # processes of one run without a GPU; enough to try a larger group on a small machine
+
 
 def run_here(config: TrainConfig, run_dir: Path) -> int:
     """Run one config to its end on this terminal; returns the worker's exit code."""
@@ -79,6 +81,7 @@ def _devices(config: TrainConfig, gpus: Sequence[str]) -> dict[str, str]:
     """
     wanted = config.hardware.num_processes
     if not gpus:
+        _check_cores(wanted)
         return {}
     if wanted > len(gpus):
         raise ConfigError(
@@ -86,6 +89,23 @@ def _devices(config: TrainConfig, gpus: Sequence[str]) -> dict[str, str]:
             f"one for each process; use at most {len(gpus)}, more machines (hardware.num_nodes=), or hardware=cpu."
         )
     return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[:wanted])}
+
+
+def _check_cores(processes: int) -> None:
+    """Raise ConfigError for far more processes than cores, which would take the machine's memory and get nowhere."""
+    cores = len(os.sched_getaffinity(0))
+    if processes > MOST_PER_CORE * cores:
+        raise ConfigError(
+            f"hardware.num_processes={processes}: this machine has no GPU, and {cores} CPU "
+            f"core{'s' if cores > 1 else ''}; more than {MOST_PER_CORE * cores} processes would only wait for one "
+            f"another. Use at most {cores} to gain from it."
+        )
+    if processes > cores:
+        print(
+            f"warning: hardware.num_processes={processes} on {cores} CPU core{'s' if cores > 1 else ''}: "
+            "they take turns, which is slower than one process.",
+            file=sys.stderr,
+        )
 
 
 def start_worker(

@@ -28,7 +28,7 @@ MOST_PER_CORE = 4  # processes of one run without a GPU; enough to try a larger 
 
 def run_here(config: TrainConfig, run_dir: Path) -> int:
     """Run one config to its end on this terminal; returns the worker's exit code."""
-    if config.hardware.node_rank:
+    if config.hardware.node_rank and config.hardware.num_nodes > 1:
         return _take_part(config, run_dir)
     if is_finished(config, run_dir):
         return EXIT_DONE
@@ -129,7 +129,7 @@ def start_worker(
         command[2] = "llmkit.node"
     if hardware.rendezvous and hardware.num_nodes > 1:
         command += ["--node-rank", str(hardware.node_rank), "--rendezvous", hardware.rendezvous]
-    if hardware.node_rank:
+    if hardware.node_rank and hardware.num_nodes > 1:
         command += ["--config", str(run_dir / rundir.RANKS / f"node-{hardware.node_rank}")]
     return subprocess.Popen(
         command,
@@ -227,7 +227,35 @@ class _Running:
     process: subprocess.Popen
     lock: IO[str]
     output: IO[str]
-    devices: list[str | None]
+    gpus: list[str]
+
+
+class _Gpus:
+    """The GPUs of this machine, and how many jobs of a sweep each one has.
+
+    Only jobs of one process share one, where more of them are to run at a time than there are GPUs.
+    """
+
+    def __init__(self, names: Sequence[str], parallel: int):
+        self._jobs = dict.fromkeys(names, 0)
+        self._most = -(-parallel // len(names)) if names else 1
+
+    def has_room(self, wanted: int) -> bool:
+        """Whether a job that wants so many GPUs may start now; one that wants more than there are, to be told so."""
+        free = sum(jobs < (self._most if wanted == 1 else 1) for jobs in self._jobs.values())
+        return not self._jobs or free >= min(wanted, len(self._jobs))
+
+    def take(self, wanted: int) -> list[str]:
+        """The GPUs of a job that starts, those with the fewest jobs; all of them if it wants more than there are."""
+        taken = sorted(self._jobs, key=lambda name: self._jobs[name])[:wanted]
+        for name in taken:
+            self._jobs[name] += 1
+        return taken
+
+    def give_back(self, names: Sequence[str]) -> None:
+        """The job has ended."""
+        for name in names:
+            self._jobs[name] -= 1
 
 
 def run_all(sweep: Sweep) -> None:
@@ -236,32 +264,27 @@ def run_all(sweep: Sweep) -> None:
     if not waiting:
         return
     first = waiting[0].config
-    devices: list[str | None] = list(_visible_gpus()) if first.hardware.device != "cpu" else []
-    slots = devices or [None]
-    if first.launcher.max_parallel:
-        slots = [slots[i % len(slots)] for i in range(first.launcher.max_parallel)]
-    total = len(slots)
-    threads = max(len(os.sched_getaffinity(0)) // len(slots), 1) if not devices else None
+    names = _visible_gpus() if first.hardware.device != "cpu" else []
+    parallel = first.launcher.max_parallel or len(names) or 1
+    gpus = _Gpus(names, parallel)
     running: list[_Running] = []
     with _forwarded_signals(sweep.directory / rundir.CONSOLE) as workers:
         while running or (waiting and not workers.stopped):
-            while waiting and slots and not workers.stopped:
-                wanted = min(waiting[0].config.hardware.num_processes, total) if devices else 1
-                if wanted > len(slots):
+            while waiting and len(running) < parallel and not workers.stopped:
+                if not gpus.has_room(waiting[0].config.hardware.num_processes):
                     break
                 job = waiting.pop(0)
                 try:
-                    running.append(_start(job, slots[:wanted], threads))
+                    running.append(_start(job, gpus.take(job.config.hardware.num_processes), parallel))
                 except ConfigError as error:
                     sweep.fail(job, str(error))
                     continue
-                del slots[:wanted]
                 workers.add(running[-1].process)
                 sweep.record(job, status="running")
             for run in [run for run in running if run.process.poll() is not None]:
                 running.remove(run)
                 workers.remove(run.process)
-                slots += run.devices
+                gpus.give_back(run.gpus)
                 run.lock.close()
                 run.output.close()
                 _exit_code(run.process.returncode, run.job.run_dir, stopped=workers.stopped)
@@ -269,16 +292,17 @@ def run_all(sweep: Sweep) -> None:
             time.sleep(0.05)
 
 
-def _start(job: Job, devices: list[str | None], threads: int | None) -> _Running:
-    env = _devices(job.config, [device for device in devices if device is not None])
+def _start(job: Job, gpus: list[str], parallel: int) -> _Running:
+    env = _devices(job.config, gpus)
     lock = prepare(job.config, job.run_dir)
     output = open(job.run_dir / rundir.CONSOLE, "a", encoding="utf-8")  # noqa: SIM115 - closed when the job ends
-    if threads and "OMP_NUM_THREADS" not in os.environ:
-        # Two jobs with a thread per core each wait for one another at every operation: seen 100 times slower.
-        env["OMP_NUM_THREADS"] = str(threads)
+    if not gpus and "OMP_NUM_THREADS" not in os.environ:
+        # Two processes with a thread per core each wait for one another at every operation: seen 100 times slower.
+        together = parallel * job.config.hardware.num_processes
+        env["OMP_NUM_THREADS"] = str(max(len(os.sched_getaffinity(0)) // together, 1))
     worker = start_worker(job.config, job.run_dir, lock=lock, env=env, output=output)
     _record(job.run_dir, worker)
-    return _Running(job, worker, lock, output, devices)
+    return _Running(job, worker, lock, output, gpus)
 
 
 def _record(run_dir: Path, worker: subprocess.Popen) -> None:

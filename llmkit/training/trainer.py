@@ -117,14 +117,18 @@ class RunMixin:
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Called once a step, before the optimizer moves anything: a non-finite loss shows in the gradient too."""
+        """Called once a step: a non-finite loss shows in the gradient too.
+
+        Before the optimizer moves anything, but for DeepSpeed's, which has taken its step by now.
+        """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
         value = float(norm)
         if math.isfinite(value):
             self._overflows = 0
         else:
             self._overflows += 1
-            scaled = self.accelerator.scaler is not None
+            # DeepSpeed scales by itself, and Accelerate has no scaler then.
+            scaled = self.accelerator.scaler is not None or (self.is_deepspeed_enabled and self.args.fp16)
             if not scaled or self._overflows >= FP16_OVERFLOWS_IN_A_ROW:
                 self._stop_at_non_finite(value)
         self._batches_of_step.clear()

@@ -80,7 +80,8 @@ def make_ready(
 
     warn_of_size(config, precision, device, console)
     dtype = loading_dtype(config, precision)
-    model: Any = load_model(config.model, dtype=dtype, device=device, quantization=config.qlora, precision=precision)
+    host = torch.device("cpu") if loads_on_host(config) else device
+    model: Any = load_model(config.model, dtype=dtype, device=host, quantization=config.qlora, precision=precision)
     new_rows = fit_embeddings(model, tokenizer, config) if may_add_tokens(config, beside) else []
     start = start_fingerprint(config)
     if checkpoint is not None:
@@ -107,6 +108,14 @@ def make_ready(
         checkpoint=checkpoint,
         start=start,
     )
+
+
+def loads_on_host(config: TrainConfig) -> bool:
+    """Whether an engine takes the weights from the host's memory, a part to each device, which need not hold them all.
+
+    DPO measures the policy at its start before there is an engine, on the device.
+    """
+    return config.recipe == "sft" and (config.deepspeed.stage == 3 or config.distributed.name == "fsdp2")
 
 
 def save_config(config: TrainConfig, run_dir: Path) -> None:

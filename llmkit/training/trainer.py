@@ -18,6 +18,7 @@ from llmkit.data.encoding.batches import IGNORED
 from llmkit.errors import NonFiniteError, Stopped
 from llmkit.training.checkpoints.contents import collect, load_weights, state_files
 from llmkit.training.checkpoints.saving import CheckpointWriter
+from llmkit.training.engine import shard_weights
 from llmkit.training.longest_batch import row_lengths
 from llmkit.training.rank_batches import Blank, EvaluationBatches, StepBatches, rank_loader
 from llmkit.training.ranks import any_rank, is_main
@@ -107,6 +108,8 @@ class RunMixin:
         if self.args.world_size > 1:
             self.model = self.model_wrapped = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             vars(self.model).pop("_is_accelerate_prepared", None)
+        if is_deepspeed_zero3_enabled():
+            shard_weights(self)
         return super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:

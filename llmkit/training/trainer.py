@@ -16,7 +16,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from llmkit import rundir
 from llmkit.data.encoding.batches import IGNORED
 from llmkit.errors import NonFiniteError, Stopped
-from llmkit.training.checkpoints.contents import collect, load_weights, state_files
+from llmkit.training.checkpoints.contents import collect, load_divided, load_weights, state_files
 from llmkit.training.checkpoints.saving import CheckpointWriter
 from llmkit.training.engine import shard_weights
 from llmkit.training.longest_batch import row_lengths
@@ -43,6 +43,7 @@ class RunMixin:
     eval_dataset: Any
     data_collator: Any
     is_deepspeed_enabled: bool
+    is_fsdp_enabled: bool
     _tr_loss: torch.Tensor
     _total_loss_scalar: float
     _globalstep_last_logged: int
@@ -262,7 +263,10 @@ class RunMixin:
             self.writer.save(step, contents | self.run_files(), self.facts())
 
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
-        load_weights(self.model, Path(checkpoint))
+        if self.is_fsdp_enabled and model is not None:  # it is divided by now
+            load_divided(model, Path(checkpoint))
+        else:
+            load_weights(self.model, Path(checkpoint))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Ours is written at the end, for what a user loads."""

@@ -68,9 +68,8 @@ def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dic
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
-    whole = {"full_state_dict": True, "cpu_offload": True}
-    trained = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True, **whole))
-    return trained, get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**whole))
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return get_model_state_dict(model, options=whole), get_optimizer_state_dict(model, optimizer, options=whole)
 
 
 def load_divided(model: Any, checkpoint: Path) -> None:

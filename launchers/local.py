@@ -17,7 +17,7 @@ from llmkit.config import TrainConfig, save
 from llmkit.config.resolve import in_group
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_WRONG_INPUT, ConfigError
 from llmkit.hangup import keep_output
-from llmkit.launchers.job_record import RUNNING, JobRecord, now
+from llmkit.launchers.job_record import ENDED, RUNNING, JobRecord, now
 from llmkit.launchers.prepare import is_finished, prepare
 from llmkit.launchers.sweep import Job, Sweep
 from llmkit.training.checkpoints.manifest import latest
@@ -42,6 +42,7 @@ def run_here(config: TrainConfig, run_dir: Path) -> int:
         _record(run_dir, worker)
         workers.add(worker)
         code = _exit_code(worker.wait(), run_dir, stopped=workers.stopped)
+        _record_end(run_dir, code)
     if code == EXIT_WRONG_INPUT:
         rundir.discard_unused(run_dir)
     return code
@@ -287,7 +288,9 @@ def run_all(sweep: Sweep) -> None:
                 gpus.give_back(run.gpus)
                 run.lock.close()
                 run.output.close()
-                _exit_code(run.process.returncode, run.job.run_dir, stopped=workers.stopped)
+                _record_end(
+                    run.job.run_dir, _exit_code(run.process.returncode, run.job.run_dir, stopped=workers.stopped)
+                )
                 sweep.collect(run.job)
             time.sleep(0.05)
 
@@ -309,6 +312,14 @@ def _record(run_dir: Path, worker: subprocess.Popen) -> None:
     """Write down who runs it, for `llmkit jobs`; whether it still does, the directory's lock tells."""
     job_id, host = str(worker.pid), rundir.host()
     record = JobRecord(launcher="local", job_id=job_id, state=RUNNING, submitted=now(), host=host, process=worker.pid)
+    record.write(run_dir)
+
+
+def _record_end(run_dir: Path, code: int) -> None:
+    """Write down that it has ended."""
+    record = JobRecord.read(run_dir)
+    assert record is not None, "written when it started"
+    record.state, record.exit_code = ENDED, code
     record.write(run_dir)
 
 

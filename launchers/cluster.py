@@ -230,7 +230,7 @@ def judged(record: JobRecord, told: Seen | None) -> Seen:
         )
     if told is None:
         return Seen(state=ENDED, detail="its scheduler no longer knows it")
-    if told.state == QUEUED and record.state == RUNNING:
+    if told.state == QUEUED and record.state != QUEUED:
         return Seen(state=QUEUED, detail=told.detail or "queued again")
     if told.state == RUNNING:
         where = f"on {record.host}" if record.state == RUNNING and record.host else told.detail

@@ -13,6 +13,7 @@ from typing import Self
 from llmkit import rundir
 
 QUEUED, RUNNING, ENDED = "queued", "running", "ended"
+INTERRUPTED = "interrupted"  # it has ended; whether it is queued again its scheduler alone knows
 CANCELLED = "cancelled before it started"
 
 

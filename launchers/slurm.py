@@ -22,6 +22,7 @@ from llmkit.install_command import install_command
 from llmkit.launchers.cluster import SchedulerError, Seen, Submitted
 from llmkit.launchers.job_record import ENDED, QUEUED, RUNNING
 from llmkit.launchers.local import package_parent
+from llmkit.launchers.slurm_job import AFTER, BEFORE, run_job
 
 FOLDER = "slurm"  # below a run's or a sweep's directory: what submitit and Slurm write
 TIMEOUT = 60  # seconds that one of Slurm's commands may take
@@ -115,8 +116,6 @@ class Slurm:
         from submitit import SlurmExecutor
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-        from llmkit.launchers.slurm_job import run_job
-
         launcher: SlurmLauncherConfig = config.launcher
         above = run_dirs[0].parent if len(run_dirs) > 1 else run_dirs[0]
         folder = above / FOLDER
@@ -159,6 +158,7 @@ class Slurm:
             "signal_delay_s": launcher.signal_delay_s,
             "array_parallelism": launcher.array_parallelism,
             "setup": _setup(launcher),
+            "teardown": list(AFTER),
             "srun_args": srun,
             "stderr_to_stdout": False,
             "wckey": None,
@@ -214,7 +214,7 @@ def _setup(launcher: SlurmLauncherConfig) -> list[str]:
     lines = list(launcher.setup)
     if launcher.python is None and launcher.container is None:
         lines.append(f"export PYTHONPATH={shlex.quote(package_parent())}${{PYTHONPATH:+:$PYTHONPATH}}")
-    return lines
+    return [*lines, *BEFORE]
 
 
 def _size(config: TrainConfig) -> tuple[Any, ...]:

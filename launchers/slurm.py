@@ -30,6 +30,8 @@ TIMEOUT = 60  # seconds that one of Slurm's commands may take
 WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 AT_WORK = {"RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING", "COMPLETING"}
 
+GPUS_IN_CONTAINER = {"--nv", "--nvccli", "--rocm"}  # ways to have them, of apptainer and singularity
+
 
 def connect(launcher: SlurmLauncherConfig) -> "Slurm":
     """The cluster that this machine belongs to. Raises ConfigError if it belongs to none."""
@@ -116,11 +118,10 @@ class Slurm:
         from submitit import SlurmExecutor
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-        launcher: SlurmLauncherConfig = config.launcher
         above = run_dirs[0].parent if len(run_dirs) > 1 else run_dirs[0]
         folder = above / FOLDER
         is_new = not folder.exists()
-        executor = SlurmExecutor(folder=folder, python=python_command(launcher))
+        executor = SlurmExecutor(folder=folder, python=self.python_command(config))
         executor.update_parameters(job_name=f"llmkit-{above.name}", **self.parameters(config))
         said = io.StringIO()  # submitit prints what it raises, too
         try:
@@ -166,6 +167,17 @@ class Slurm:
             "additional_parameters": {"requeue": True} | launcher.additional_parameters,
         }
 
+    def python_command(self, config: TrainConfig) -> str | None:
+        """The shell command that is Python on the nodes; None: this one's own path, which they share."""
+        launcher: SlurmLauncherConfig = config.launcher
+        python = launcher.python or ("python" if launcher.container else None)
+        if launcher.container is None or launcher.container_runtime == "pyxis":
+            return python
+        arguments = launcher.container_args
+        if self._gpus(config) and not GPUS_IN_CONTAINER.intersection(arguments):
+            arguments = ["--nv", *arguments]  # pyxis sees to it itself
+        return f"{shlex.join([launcher.container_runtime, 'exec', *arguments, launcher.container])} {python}"
+
     def _gpus(self, config: TrainConfig) -> int | None:
         launcher: SlurmLauncherConfig = config.launcher
         if launcher.gpus_per_node is not None or config.hardware.device == "cpu":
@@ -198,15 +210,6 @@ class Slurm:
         """scancel."""
         if job_ids:
             _ask("scancel", "--quiet", *job_ids)
-
-
-def python_command(launcher: SlurmLauncherConfig) -> str | None:
-    """The shell command that is Python on the nodes; None: this one's own path, which they share."""
-    python = launcher.python or ("python" if launcher.container else None)
-    if launcher.container and launcher.container_runtime != "pyxis":
-        start = [launcher.container_runtime, "exec", *launcher.container_args, launcher.container]
-        return f"{shlex.join(start)} {python}"
-    return python
 
 
 def _setup(launcher: SlurmLauncherConfig) -> list[str]:

@@ -18,7 +18,7 @@ FAST = ("training.max_steps=4", "evaluation=off", "training.logging_steps=1")
 SLURM = ("launcher=slurm", "launcher.poll_s=1", "launcher.cpus_per_task=1", "launcher.preflight=false")
 LONG = ("training.max_steps=100000", "evaluation=off", "training.logging_steps=1", "training.eval_steps=1000000")
 
-CPU, IMAGE = "hardware.device=cpu", "launcher.container=image.sif"
+CPU, CUDA, IMAGE = "hardware.device=cpu", "hardware.device=cuda", "launcher.container=image.sif"
 # In place of apptainer: it runs the command without a container, but where none of Slurm's commands is found.
 APPTAINER = """#!/bin/sh
 echo "$@" >> {log}
@@ -357,19 +357,19 @@ def test_without_slurm_the_message_says_where_to_start(run_llmkit, tmp_path):
 @pytest.mark.parametrize(
     ("words", "command"),
     [
-        ((), None),
-        (("launcher.python=env/bin/python",), "env/bin/python"),
-        (
-            ("launcher.container=image.sif", "launcher.container_args=[--nv]"),
-            "apptainer exec --nv image.sif python",
-        ),
-        (("launcher.container=image.sqsh", "launcher.container_runtime=pyxis"), "python"),
+        ((CPU,), None),
+        ((CPU, "launcher.python=env/bin/python"), "env/bin/python"),
+        ((CPU, IMAGE, "launcher.container_args=[--bind, /data]"), "apptainer exec --bind /data image.sif python"),
+        ((CUDA, IMAGE), "apptainer exec --nv image.sif python"),
+        ((IMAGE, "hardware.num_processes=2", "launcher.gpus_per_node=2"), "apptainer exec --nv image.sif python"),
+        ((CUDA, IMAGE, "launcher.container_args=[--nvccli]"), "apptainer exec --nvccli image.sif python"),
+        ((CUDA, "launcher.container=image.sqsh", "launcher.container_runtime=pyxis"), "python"),
     ],
 )
-def test_python_on_the_nodes_is_this_one_or_that_of_a_container(compose, words, command):
-    from llmkit.launchers.slurm import python_command
+def test_python_on_the_nodes_is_this_one_or_that_of_a_container_which_sees_the_gpus(compose, words, command):
+    from llmkit.launchers.slurm import Slurm
 
-    assert python_command(compose("launcher=slurm", *words).launcher) == command
+    assert Slurm().python_command(compose("launcher=slurm", *words)) == command
 
 
 @pytest.mark.parametrize("time", ["90", "1:30:00", "2-12", "2-12:00:00"])

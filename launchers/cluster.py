@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from llmkit import rundir
 from llmkit.config import TrainConfig, load
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError, LlmkitError
-from llmkit.launchers.job_record import ENDED, QUEUED, RUNNING, JobRecord, now
+from llmkit.launchers.job_record import ENDED, INTERRUPTED, QUEUED, RUNNING, JobRecord, now
 from llmkit.launchers.prepare import is_finished, prepare
 from llmkit.launchers.sweep import Sweep
 
@@ -86,10 +86,10 @@ def ready(configs: Sequence[TrainConfig]) -> None:
     for config in configs:
         if config.run_dir:
             refuse_held_elsewhere(config, Path(config.run_dir))
-    configs = [config for config in configs if not (config.run_dir and _handed_over(Path(config.run_dir)))]
-    for launcher in {repr(config.launcher): config for config in configs}.values():
-        connect(launcher.launcher).check(launcher)
-    if wanted := list(filter(_wants_preflight, configs)):
+    configs = [config for config in configs if not (config.run_dir and _is_queued(Path(config.run_dir)))]
+    for config in {repr((config.launcher, config.hardware)): config for config in configs}.values():
+        connect(config.launcher).check(config)
+    if wanted := [config for config in configs if config.launcher.preflight]:
         from llmkit.launchers.preflight import preflight
 
         preflight(wanted)
@@ -163,14 +163,16 @@ def refuse_held_elsewhere(config: TrainConfig, run_dir: Path) -> None:
     )
 
 
+def _is_queued(run_dir: Path) -> bool:
+    """Whether the last that was heard of a run's job is that it is queued or runs."""
+    record = _handed_over(run_dir)
+    return record is not None and record.state != INTERRUPTED
+
+
 def _handed_over(run_dir: Path) -> JobRecord | None:
     """The record of a job that was handed to a scheduler and has not said that it has ended."""
     record = JobRecord.read(run_dir)
     return record if record is not None and record.launcher in SCHEDULERS and record.state != ENDED else None
-
-
-def _wants_preflight(config: TrainConfig) -> bool:
-    return config.launcher.preflight
 
 
 def at_work(scheduler: Scheduler, run_dirs: Sequence[Path]) -> dict[Path, JobRecord]:

@@ -324,6 +324,15 @@ def test_what_no_node_has_is_refused_with_what_there_is(on_ray, run_llmkit, tmp_
     assert not list((tmp_path / "runs").glob("**/config.yaml"))
 
 
+@pytest.mark.slow
+def test_of_a_sweep_over_sizes_each_is_compared_with_what_there_is(on_ray, run_llmkit, tmp_path):
+    done = run_llmkit("train", *on_ray, BATCH, "-m", "hardware.num_processes=4,1", "name=sizes")
+
+    assert done.returncode == 2, done.stdout
+    assert "the run needs a node with CPU 4, and this cluster has" in done.stderr
+    assert not list((tmp_path / "runs").glob("**/config.yaml"))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -14,6 +14,9 @@ from ray_cluster import CPUS, RayCluster
 from run_records import steps_of, sweep_of, wait_for_steps
 from slurm_cluster import free_ports, wait_until
 
+from llmkit.config import save
+from llmkit.launchers.job_record import RUNNING, JobRecord
+
 CHECKOUT = Path(__file__).parents[2]
 FAST = ("training.max_steps=4", "evaluation=off", "training.logging_steps=1")
 LONG = ("training.max_steps=100000", "evaluation=off", "training.logging_steps=1", "training.eval_steps=1000000")
@@ -302,6 +305,26 @@ def test_a_cluster_that_does_not_answer_is_named(run_llmkit, tmp_path):
     assert done.returncode == 2
     assert f"launcher.address=127.0.0.1:{port}: nothing answers at 127.0.0.1:{port}." in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_of_a_cluster_that_is_gone_names_the_way_out_and_takes_it(run_llmkit, compose, tmp_path):
+    gone, other = free_ports(2)
+    run_dir = tmp_path / "runs/left"
+    run_dir.mkdir(parents=True)
+    save(compose("launcher=ray", f"launcher.address=127.0.0.1:{gone}", *FAST), run_dir)
+    JobRecord(launcher="ray", job_id=f"none@127.0.0.1:{gone}", state=RUNNING).write(run_dir)
+    words = ("train", "launcher=ray", f"launcher.address=127.0.0.1:{other}", *FAST, "name=left")
+
+    held = run_llmkit(*words)
+    given_up = run_llmkit("jobs", "cancel", "left", "gone=true")
+    free = run_llmkit(*words)
+
+    assert held.returncode == 1
+    assert f"nothing answers at 127.0.0.1:{gone}." in held.stderr
+    assert "llmkit jobs cancel runs/left gone=true" in held.stderr
+    assert given_up.returncode == 0, given_up.stderr
+    assert job_of(run_dir)["state"] == "ended"
+    assert f"nothing answers at 127.0.0.1:{other}." in free.stderr
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ TIMEOUT = 60  # seconds that one of Slurm's commands may take
 WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 AT_WORK = {"RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING", "COMPLETING"}
 
+CORES = {"cpus-per-task", "cpus-per-gpu", "exclusive"}  # options of sbatch
 GPUS_IN_CONTAINER = {"--nv", "--nvccli", "--rocm"}  # ways to have them, of apptainer and singularity
 
 
@@ -136,11 +137,12 @@ class Slurm:
     def parameters(self, config: TrainConfig) -> dict[str, Any]:
         """What submitit is given: sbatch's options by submitit's names."""
         launcher: SlurmLauncherConfig = config.launcher
+        cpus = _cpus(config)
         given: dict[str, Any] = {
             "partition": launcher.partition,
             "account": launcher.account,
             "qos": launcher.qos,
-            "cpus_per_task": launcher.cpus_per_task,
+            "cpus_per_task": cpus,
             "mem": f"{round(launcher.mem_gb * 1024)}MB" if launcher.mem_gb else None,
             "constraint": launcher.constraint,
             "exclude": launcher.exclude,
@@ -148,8 +150,8 @@ class Slurm:
             "gpus_per_node": self._gpus(config),
         }
         srun = ["--mpi=none"]  # torchrun makes the group, and MPI's variables would make Accelerate think of another
-        if launcher.cpus_per_task:
-            srun.append(f"--cpus-per-task={launcher.cpus_per_task}")  # from Slurm 22.05 on srun does not take sbatch's
+        if cpus:
+            srun.append(f"--cpus-per-task={cpus}")  # from Slurm 22.05 on srun does not take sbatch's
         if launcher.container and launcher.container_runtime == "pyxis":
             srun += [f"--container-image={launcher.container}", *launcher.container_args]
         return {name: value for name, value in given.items() if value is not None} | {
@@ -218,6 +220,13 @@ def _setup(launcher: SlurmLauncherConfig) -> list[str]:
     if launcher.python is None and launcher.container is None:
         lines.append(f"export PYTHONPATH={shlex.quote(package_parent())}${{PYTHONPATH:+:$PYTHONPATH}}")
     return [*lines, *BEFORE]
+
+
+def _cpus(config: TrainConfig) -> int | None:
+    """Cores of each node: one per process at least, unless the user's own options of sbatch say how many."""
+    launcher: SlurmLauncherConfig = config.launcher
+    said = CORES & {name.replace("_", "-") for name in launcher.additional_parameters}
+    return launcher.cpus_per_task or (None if said else config.hardware.num_processes)
 
 
 def _size(config: TrainConfig) -> tuple[Any, ...]:

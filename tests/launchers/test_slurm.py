@@ -330,6 +330,32 @@ def test_slurm_is_asked_for_what_the_config_says(slurm: SlurmCluster, run_llmkit
     wait_until(lambda: not slurm.states(), slurm.told, 120)
 
 
+def test_each_process_has_a_core_where_nothing_else_is_asked_for(slurm: SlurmCluster, run_llmkit, tmp_path):
+    later = "launcher.additional_parameters.begin=now+1hour"
+    words = ("launcher=slurm", "launcher.preflight=false", "launcher.wait=false", later, "hardware.num_processes=2")
+
+    done = run_llmkit("train", *words, CPU, "name=cores", env=slurm.environment)
+    assert done.returncode == 0, done.stderr
+    job_id = job_of(tmp_path / "runs/cores")["job_id"]
+    job = slurm.ask("scontrol", "--oneliner", "show", "job", job_id)
+    slurm.ask("scancel", job_id)
+
+    assert "CPUs/Task=2" in job
+    script = next((tmp_path / "runs/cores/slurm").glob("*_submission.sh")).read_text()
+    assert "--cpus-per-task=2" in script[script.index("srun ") :]  # srun does not take sbatch's
+
+
+@pytest.mark.parametrize("option", ["cpus-per-task=4", "cpus_per_gpu=4", "exclusive=true"])
+def test_cores_that_are_asked_for_by_an_option_of_sbatch_are_left_to_it(compose, option):
+    from llmkit.launchers.slurm import Slurm
+
+    config = compose("launcher=slurm", CPU, "hardware.num_processes=2", f"launcher.additional_parameters.{option}")
+    parameters = Slurm().parameters(config)
+
+    assert "cpus_per_task" not in parameters
+    assert parameters["srun_args"] == ["--mpi=none"]
+
+
 def test_the_nodes_of_a_job_agree_on_where_they_meet(slurm: SlurmCluster, tmp_path):
     from llmkit.launchers.slurm_job import BEFORE
 

@@ -102,18 +102,24 @@ def test_a_preempted_run_saves_is_queued_again_and_ends_as_if_undisturbed(
 @pytest.mark.slow
 @pytest.mark.parametrize(("preempted", "other"), [("r=2", "r=4"), ("r=4", "r=2")], ids=["first", "last"])
 def test_one_preempted_job_of_a_sweep_is_queued_again_alone(slurm: SlurmCluster, tmp_path, preempted, other):
-    words = ("training.max_steps=80", "evaluation=off", "training.logging_steps=1")
-    driver = start(slurm, tmp_path, *SLURM, *words, "-m", "lora.r=2,4", "name=s")
-    run_dir = tmp_path / "runs/s" / preempted
-    wait_for_steps(run_dir, 5)
-    slurm.ask("scancel", "--signal=USR2", job_of(run_dir)["job_id"])
+    driver = start(slurm, tmp_path, *SLURM, *LONG, "-m", "lora.r=2,4", "name=s")
+    directory = tmp_path / "runs/s"
+    for name in (preempted, other):
+        wait_for_steps(directory / name, 5)
+    job_id = job_of(directory / preempted)["job_id"]
+
+    slurm.ask("scancel", "--signal=USR2", job_id)
+    wait_until(lambda: job_of(directory / preempted)["starts"] == 2, slurm.told, 180)
+    states = slurm.states()
+    slurm.ask("scancel", job_id.partition("_")[0])
     output = driver.communicate(timeout=300)[0]
 
-    assert driver.returncode == 0, output
-    assert [job["status"] for job in sweep_of(tmp_path / "runs/s")] == ["completed"] * 2
-    starts = [job_of(tmp_path / "runs/s" / name)["starts"] for name in (preempted, other)]
-    assert starts == [2, 1]
-    assert steps_of(run_dir) == list(range(1, 81))
+    assert list(states.values()) == ["RUNNING"] * 2
+    assert job_of(directory / other)["starts"] == 1
+    assert driver.returncode == 75, output
+    assert [job["status"] for job in sweep_of(directory)] == ["preempted"] * 2
+    steps = steps_of(directory / preempted)
+    assert steps == list(range(1, steps[-1] + 1))
 
 
 @pytest.mark.slow

@@ -22,10 +22,11 @@ from typing import Any, Protocol
 from llmkit import rundir
 from llmkit.config import TrainConfig, load
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError, LlmkitError
-from llmkit.launchers.job_record import ENDED, QUEUED, RUNNING, JobRecord, now
+from llmkit.launchers.job_record import ENDED, INTERRUPTED, QUEUED, RUNNING, JobRecord, now
 from llmkit.launchers.prepare import is_finished, prepare
 from llmkit.launchers.sweep import Sweep
 
+GONE = "gone=true"  # the word of `llmkit jobs cancel` that gives up jobs whose scheduler does not answer
 GLANCE = 0.5  # seconds between two looks at the run directories; the scheduler is asked every launcher.poll_s
 
 
@@ -86,10 +87,10 @@ def ready(configs: Sequence[TrainConfig]) -> None:
     for config in configs:
         if config.run_dir:
             refuse_held_elsewhere(config, Path(config.run_dir))
-    configs = [config for config in configs if not (config.run_dir and _handed_over(Path(config.run_dir)))]
-    for launcher in {repr(config.launcher): config for config in configs}.values():
-        connect(launcher.launcher).check(launcher)
-    if wanted := list(filter(_wants_preflight, configs)):
+    configs = [config for config in configs if not (config.run_dir and _is_queued(Path(config.run_dir)))]
+    for config in {repr((config.launcher, config.hardware)): config for config in configs}.values():
+        connect(config.launcher).check(config)
+    if wanted := [config for config in configs if config.launcher.preflight]:
         from llmkit.launchers.preflight import preflight
 
         preflight(wanted)
@@ -150,33 +151,47 @@ def follow_sweep(sweep: Sweep) -> None:
 
 
 def refuse_held_elsewhere(config: TrainConfig, run_dir: Path) -> None:
-    """Raise ConfigError if a job of another launcher than the config's is queued or running for a run."""
-    record = JobRecord.read(run_dir)
-    if record is None or record.launcher not in SCHEDULERS or record.launcher == config.launcher.name:
+    """Raise ConfigError if a job of another launcher than the config's is queued or running for a run, or may be."""
+    record = handed_over(run_dir)
+    if record is None or record.launcher == config.launcher.name:
         return  # what runs on this machine holds the directory's lock
-    with contextlib.suppress(LlmkitError):  # where it cannot be asked, it may be at work
-        if record.state == ENDED or not at_work(connect(load(run_dir).launcher), [run_dir]):
-            return
-    raise ConfigError(
-        f"{run_dir} is in the hands of {record.launcher} (job {record.job_id}): launcher={record.launcher} follows it, "
-        f"llmkit jobs cancel {run_dir} ends it."
-    )
+    held = f"{run_dir} is in the hands of {record.launcher} (job {record.job_id})"
+    try:
+        seen = connect(load(run_dir).launcher).seen([record.job_id]).get(record.job_id)
+    except LlmkitError as error:
+        raise ConfigError(f"{held}, which cannot be asked: {error} {if_gone(run_dir)}") from error
+    if seen is not None and seen.state != ENDED:
+        raise ConfigError(f"{held}: launcher={record.launcher} follows it, llmkit jobs cancel {run_dir} ends it.")
 
 
-def _handed_over(run_dir: Path) -> JobRecord | None:
+def if_gone(directory: Path) -> str:
+    """The way out for runs whose scheduler will never answer again."""
+    return f"If it is gone for good, and its jobs with it, llmkit jobs cancel {directory} {GONE} gives them up."
+
+
+def _is_queued(run_dir: Path) -> bool:
+    """Whether the last that was heard of a run's job is that it is queued or runs."""
+    record = handed_over(run_dir)
+    return record is not None and record.state != INTERRUPTED
+
+
+def handed_over(run_dir: Path) -> JobRecord | None:
     """The record of a job that was handed to a scheduler and has not said that it has ended."""
     record = JobRecord.read(run_dir)
     return record if record is not None and record.launcher in SCHEDULERS and record.state != ENDED else None
 
 
-def _wants_preflight(config: TrainConfig) -> bool:
-    return config.launcher.preflight
-
-
 def at_work(scheduler: Scheduler, run_dirs: Sequence[Path]) -> dict[Path, JobRecord]:
-    """The jobs that are queued or running for these runs, those that have one. Their state is the scheduler's."""
-    records = {run_dir: record for run_dir in run_dirs if (record := _handed_over(run_dir)) is not None}
-    told = scheduler.seen([record.job_id for record in records.values()]) if records else {}
+    """The jobs that are queued or running for these runs, those that have one. Their state is the scheduler's.
+
+    Raises SchedulerError, with the way out, if runs have been handed over and it does not answer.
+    """
+    records = {run_dir: record for run_dir in run_dirs if (record := handed_over(run_dir)) is not None}
+    try:
+        told = scheduler.seen([record.job_id for record in records.values()]) if records else {}
+    except SchedulerError as error:
+        first, *others = records
+        raise SchedulerError(f"{error} {if_gone(first.parent if others else first)}") from error
     found = {}
     for run_dir, record in records.items():
         seen = told.get(record.job_id)
@@ -230,7 +245,7 @@ def judged(record: JobRecord, told: Seen | None) -> Seen:
         )
     if told is None:
         return Seen(state=ENDED, detail="its scheduler no longer knows it")
-    if told.state == QUEUED and record.state == RUNNING:
+    if told.state == QUEUED and record.state != QUEUED:
         return Seen(state=QUEUED, detail=told.detail or "queued again")
     if told.state == RUNNING:
         where = f"on {record.host}" if record.state == RUNNING and record.host else told.detail

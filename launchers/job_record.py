@@ -13,7 +13,9 @@ from typing import Self
 from llmkit import rundir
 
 QUEUED, RUNNING, ENDED = "queued", "running", "ended"
+INTERRUPTED = "interrupted"  # it has ended; whether it is queued again its scheduler alone knows
 CANCELLED = "cancelled before it started"
+GIVEN_UP = "cancelled: its scheduler is gone"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a cluster's job does on a node: start the run, hand signals on, and be queued again when it was preempted.
+"""What a cluster's job does on a node: start the run, hand signals on, and say whether it was interrupted.
 
 Runs inside the job, once per node. All it is told is the run directory and its place in the job; it writes job.json as
 it goes, so that the driver need not be there.
@@ -18,7 +18,7 @@ from llmkit import rundir
 from llmkit.config import TrainConfig, load
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 from llmkit.launchers.devices import devices_of
-from llmkit.launchers.job_record import ENDED, QUEUED, RUNNING, JobRecord
+from llmkit.launchers.job_record import ENDED, INTERRUPTED, RUNNING, JobRecord
 from llmkit.launchers.local import worker_environment
 from llmkit.training.checkpoints.manifest import latest
 from llmkit.training.stopping import SIGNALS
@@ -46,20 +46,18 @@ def was_preempted(code: int) -> bool:
     return code == EXIT_PREEMPTED
 
 
-def run_on_node(
-    run_dir: Path, place: Place, *, requeue: Callable[[], bool], is_interrupted: Callable[[int], bool] = was_preempted
-) -> int:
+def run_on_node(run_dir: Path, place: Place, *, is_interrupted: Callable[[int], bool] = was_preempted) -> int:
     """Run this node's part of a run to its end; returns the exit code of the contract.
 
+    Of a run that was interrupted the record says so, and no more: whoever called this one has it queued again.
+
     Args:
-        requeue: queues this job again and tells whether it did; called on the first node alone, when the run was
-            interrupted.
-        is_interrupted: whether a run that ended with this exit code is to go on elsewhere.
+        is_interrupted: whether a run that ended with this exit code is to go on elsewhere; asked on the first node.
     """
     job = _Job(run_dir, place)
     for number in SIGNALS:
         signal.signal(number, job.stop)
-    return job.run(requeue, is_interrupted)
+    return job.run(is_interrupted)
 
 
 def node_command(run_dir: Path, place: Place) -> list[str]:
@@ -83,7 +81,7 @@ class _Job:
             if self.child is not None and self.child.poll() is None:
                 self.child.send_signal(number)
 
-    def run(self, requeue: Callable[[], bool], is_interrupted: Callable[[int], bool]) -> int:
+    def run(self, is_interrupted: Callable[[int], bool]) -> int:
         if self.place.rank:
             return self._run()
         self._wait_for_the_directory()
@@ -100,12 +98,8 @@ class _Job:
         before = latest(self.run_dir)
         code = self._run(record)
         record.fruitless = record.fruitless + 1 if latest(self.run_dir) == before else 0
-        if code != EXIT_DONE and is_interrupted(code) and record.fruitless < MOST_FRUITLESS:
-            record.state = QUEUED
-            record.write(self.run_dir)  # before: to be queued again is to be ended
-            if requeue():
-                return EXIT_DONE
-        record.state, record.exit_code = ENDED, code
+        goes_on = code != EXIT_DONE and is_interrupted(code) and record.fruitless < MOST_FRUITLESS
+        record.state, record.exit_code = INTERRUPTED if goes_on else ENDED, code
         record.write(self.run_dir)
         return code
 

@@ -9,7 +9,7 @@ from typing import Any
 from llmkit import rundir
 from llmkit.config import TrainConfig, load
 from llmkit.errors import ConfigError, LlmkitError
-from llmkit.launchers.cluster import SCHEDULERS, Scheduler, Seen, connect, judged
+from llmkit.launchers.cluster import SCHEDULERS, Seen, connect, judged
 from llmkit.launchers.devices import devices_of
 from llmkit.launchers.job_record import ENDED, QUEUED, RUNNING, JobRecord
 from llmkit.training.metrics import read_metrics
@@ -51,50 +51,46 @@ def runs_below(directories: Iterable[Path]) -> list[Path]:
 
 
 class Overview:
-    """Looks at runs, and asks each scheduler once for all of its jobs."""
+    """Looks at runs, and asks each scheduler once at each look for all of its jobs."""
 
     def __init__(self) -> None:
-        self._schedulers: dict[str, Scheduler | None] = {}  # by the launcher's settings; None where it cannot be asked
+        self._silent: set[str] = set()  # by the launcher's settings, schedulers of which it has been said
 
     def look(self, run_dirs: Sequence[Path]) -> list[RunView]:
         """How these runs stand, in the same order."""
         configs = {run_dir: load(run_dir) for run_dir in run_dirs}
         records = {run_dir: JobRecord.read(run_dir) for run_dir in run_dirs}
         told = self._ask([(configs[path], record) for path, record in records.items() if record is not None])
-        return [_view(path, configs[path], records[path], told) for path in run_dirs]
+        return [
+            _view(path, config, records[path], told.get(repr(config.launcher), {})) for path, config in configs.items()
+        ]
 
-    def scheduler(self, config: TrainConfig) -> Scheduler | None:
-        """The scheduler of a run; None, with a warning, where it cannot be had from here."""
-        key = repr(config.launcher)
-        if key not in self._schedulers:
-            try:
-                self._schedulers[key] = connect(config.launcher)
-            except LlmkitError as error:
-                self._give_up(key, error)
-        return self._schedulers[key]
+    def is_silent(self, config: TrainConfig) -> bool:
+        """Whether the scheduler of a run did not answer at the last look."""
+        return repr(config.launcher) in self._silent
 
-    def _ask(self, jobs: Sequence[tuple[TrainConfig, JobRecord]]) -> dict[str, Seen] | None:
-        """What the schedulers say of jobs that have not ended; None if one of them does not answer."""
+    def _ask(self, jobs: Sequence[tuple[TrainConfig, JobRecord]]) -> dict[str, dict[str, Seen] | None]:
+        """What each scheduler says of its jobs that have not ended, by the launcher's settings; None: no answer."""
         open_jobs: dict[str, list[str]] = {}
-        asked: dict[str, TrainConfig] = {}
+        launchers: dict[str, Any] = {}
         for config, record in jobs:
             if record.launcher in SCHEDULERS and config.launcher.name == record.launcher and record.state != ENDED:
-                open_jobs.setdefault(repr(config.launcher), []).append(record.job_id)
-                asked[repr(config.launcher)] = config
-        told: dict[str, Seen] = {}
-        for key, job_ids in open_jobs.items():
-            if (scheduler := self.scheduler(asked[key])) is None:
-                return None
-            try:
-                told |= scheduler.seen(job_ids)
-            except LlmkitError as error:
-                self._give_up(key, error)
-                return None
-        return told
+                key = repr(config.launcher)
+                open_jobs.setdefault(key, []).append(record.job_id)
+                launchers[key] = config.launcher
+        return {key: self._ask_one(launchers[key], job_ids) for key, job_ids in open_jobs.items()}
 
-    def _give_up(self, key: str, error: LlmkitError) -> None:
-        print(f"warning: {error} What follows is what the run directories say.", file=sys.stderr)
-        self._schedulers[key] = None
+    def _ask_one(self, launcher: Any, job_ids: Sequence[str]) -> dict[str, Seen] | None:
+        key = repr(launcher)
+        try:
+            told = connect(launcher).seen(job_ids)
+        except LlmkitError as error:
+            if key not in self._silent:
+                print(f"warning: {error} What follows is what the run directories say.", file=sys.stderr)
+            self._silent.add(key)
+            return None
+        self._silent.discard(key)
+        return told
 
 
 def _view(run_dir: Path, config: TrainConfig, record: JobRecord | None, told: dict[str, Seen] | None) -> RunView:

@@ -1,16 +1,11 @@
 """`launcher=ray`: runs as detached actors of a Ray cluster, one per run, which outlive this process.
 
 What an actor does is in ray_job.py. The address of its cluster is part of a job's id, `NAME@ADDRESS`, so that any shell
-asks the cluster that has it.
-
-A process that is connected to a cluster is ended by Ray when the cluster goes away (2.60: after a minute, with exit
-code 1 and no exception), so this one is connected only while it asks.
+asks the cluster that has it. How it is reached is in ray_connection.py.
 """
 
 import contextlib
-import logging
 import os
-import socket
 import uuid
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -21,23 +16,20 @@ from typing import Any
 from llmkit.config import TrainConfig
 from llmkit.config.launcher_schema import RayLauncherConfig
 from llmkit.errors import ConfigError
-from llmkit.install_command import install_command
 from llmkit.launchers.cluster import SchedulerError, Seen, Submitted
 from llmkit.launchers.job_record import QUEUED, RUNNING
 from llmkit.launchers.local import package_parent
+from llmkit.launchers.ray_connection import address_of, connected, listens, ray_module, reason
 
-NAMESPACE = "llmkit"  # of all our actors: one cluster serves many
 LOCAL = "local"
-KNOCK = 10.0  # seconds that a cluster may take to be reached at all
 # An actor that has a node answers at once; one that waits for a node cannot.
 ANSWER = 2.0  # seconds
-OBJECT_STORE = 80 * 2**20  # bytes, of a Ray of our own: close to the least that Ray takes, and we put nothing there
 GB = 1e9
 
 
 def connect(launcher: RayLauncherConfig) -> "Ray":
     """The cluster at `launcher.address`, which is asked only later. Raises ConfigError if Ray is not installed."""
-    _module()
+    ray_module()
     return Ray(launcher)
 
 
@@ -61,7 +53,7 @@ class Ray:
     def submit(self, configs: Sequence[TrainConfig], run_dirs: Sequence[Path]) -> list[Submitted]:
         """One actor per run; see `cluster.Scheduler`. A Ray of our own is started here."""
         with self._wanted() as ray:
-            nodes, address = ray.nodes(), _address(ray, self.launcher.address)
+            nodes, address = ray.nodes(), address_of(ray, self.launcher.address)
             if not self.outlives_driver:
                 for config in configs:
                     refuse_impossible(config, nodes)
@@ -73,14 +65,14 @@ class Ray:
             except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
                 for name in names:
                     _remove(ray, name)
-                raise ConfigError(f"launcher=ray: Ray refuses the job: {_reason(error)}") from error
+                raise ConfigError(f"launcher=ray: Ray refuses the job: {reason(error)}") from error
         return [Submitted(job_id=f"{name}@{address}") for name in names]
 
     @contextlib.contextmanager
     def _wanted(self) -> Iterator[Any]:
         """Ray, connected to the cluster of the config. Raises ConfigError if it does not answer."""
         try:
-            with _connected(self.launcher.address, start=not self.outlives_driver) as ray:
+            with connected(self.launcher.address, start=not self.outlives_driver) as ray:
                 yield ray
         except SchedulerError as error:
             raise ConfigError(f"launcher.address={self.launcher.address}: {error}") from error
@@ -89,103 +81,19 @@ class Ray:
         """What the actors say of themselves; one that is gone has ended."""
         found: dict[str, Seen] = {}
         for address, names in _by_address(job_ids).items():
-            if not self.outlives_driver and not _answers(address):
+            if not self.outlives_driver and not listens(address):
                 continue  # it has ended with its driver, and so have its jobs
-            with _connected(address) as ray:
+            with connected(address) as ray:
                 found |= {f"{name}@{address}": seen for name, seen in _ask(ray, names).items()}
         return found
 
     def cancel(self, job_ids: Collection[str]) -> None:
         """Ask what runs to save and stop, and remove what waits."""
         for address, names in _by_address(job_ids).items():
-            if not self.outlives_driver and not _answers(address):
+            if not self.outlives_driver and not listens(address):
                 continue
-            with _connected(address) as ray:
+            with connected(address) as ray:
                 _cancel(ray, names)
-
-
-def _module() -> Any:
-    """The module `ray`; its telemetry is off unless the environment says otherwise."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # What Ray does anyhow from now on; unset, it warns of it at every start (2.60).
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # A cluster that was started where there is a token wants it, but Ray sends it only when told to (2.60).
-    if "RAY_AUTH_MODE" not in os.environ and _has_token():
-        os.environ["RAY_AUTH_MODE"] = "token"
-    try:
-        import ray
-    except ImportError:
-        raise ConfigError(
-            f"launcher=ray needs Ray, which is not installed: {install_command('cluster', extra='cluster')}"
-        ) from None
-    return ray
-
-
-def _has_token() -> bool:
-    """Whether there is one for Ray's clusters, where Ray looks for it."""
-    named = os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
-    return bool(named) or (Path.home() / ".ray" / "auth_token").is_file()
-
-
-@contextlib.contextmanager
-def _connected(address: str, *, start: bool = False) -> Iterator[Any]:
-    """Ray, connected to a cluster for as long as the block takes; a Ray of our own, once started, stays.
-
-    Args:
-        start: start a Ray of our own.
-
-    Raises:
-        SchedulerError: saying what was tried, if the cluster does not answer.
-    """
-    ray = _module()
-    if ray.is_initialized():  # our own
-        yield ray
-        return
-    options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
-    if start:
-        options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
-    else:
-        address = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
-        if address != "auto" and not _answers(address):
-            raise SchedulerError(f"nothing answers at {address}.")
-    try:
-        try:
-            ray.init(address=address, **options)
-        except ConnectionAbortedError:
-            # ray:// alone: the server that a cluster starts for each client has half a minute, too little at first for
-            # a busy machine (2.60). The next one is there in a second.
-            ray.init(address=address, **options)
-    except (OSError, RuntimeError, ValueError, AssertionError, ray.exceptions.RayError) as error:
-        if address == "auto":
-            raise SchedulerError(
-                "no Ray runs on this machine and RAY_ADDRESS is not set; name one (HOST:6379 from a machine of the "
-                "cluster, ray://HOST:10001 from any other), or start one for this command: launcher.address=local."
-            ) from error
-        raise SchedulerError(
-            f"the Ray at {address} cannot be used from here: {_reason(error)} (HOST:PORT is for the cluster's own "
-            "machines, ray://HOST:10001 for others; one with a token wants RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)."
-        ) from error
-    try:
-        yield ray
-    finally:
-        if not start:
-            ray.shutdown()
-
-
-def _answers(address: str) -> bool:
-    """Whether anybody listens at HOST:PORT or ray://HOST:PORT: Ray itself would take long to say no."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK).close()
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _address(ray: Any, asked: str) -> str:
-    """Where any shell finds the cluster that we are connected to."""
-    wanted = os.environ.get("RAY_ADDRESS", asked) if asked == "auto" else asked
-    return wanted if wanted.startswith("ray://") else ray.get_runtime_context().gcs_address
 
 
 def _by_address(job_ids: Collection[str]) -> dict[str, list[str]]:
@@ -362,9 +270,3 @@ def _remove(ray: Any, name: str) -> None:
     for actor in _actors(ray, [name]).values():
         ray.kill(actor)
     free_bundles(name)
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what Ray says; the rest is advice for those who write programs with it."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

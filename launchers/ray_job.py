@@ -215,14 +215,8 @@ def main(argv: list[str]) -> int:
         return EXIT_PREEMPTED
     run_dir, rank, nodes, meeting = (*argv, "0", "1", "")[:4] if len(argv) == 1 else argv
     place = Place(rank=int(rank), nodes=int(nodes), rendezvous=meeting or None, host=socket.gethostname())
-    codes: list[int] = []
-
-    def leave_to_the_job(code: int) -> bool:
-        codes.append(code)
-        return place.nodes > 1  # whether another node was lost the actor finds out
-
-    code = run_on_node(Path(run_dir), place, is_interrupted=leave_to_the_job, requeue=lambda: True)
-    return codes[-1] if codes else code
+    # Whether another node was lost the actor finds out.
+    return run_on_node(Path(run_dir), place, is_interrupted=lambda _code: place.nodes > 1)
 
 
 def _verdict(code: int) -> tuple[int, str]:

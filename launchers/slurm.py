@@ -22,12 +22,16 @@ from llmkit.install_command import install_command
 from llmkit.launchers.cluster import SchedulerError, Seen, Submitted
 from llmkit.launchers.job_record import ENDED, QUEUED, RUNNING
 from llmkit.launchers.local import package_parent
+from llmkit.launchers.slurm_job import AFTER, BEFORE, run_job
 
 FOLDER = "slurm"  # below a run's or a sweep's directory: what submitit and Slurm write
 TIMEOUT = 60  # seconds that one of Slurm's commands may take
 # States of squeue in which a job has yet to run, or runs; any other is an end.
 WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 AT_WORK = {"RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING", "COMPLETING"}
+
+CORES = {"cpus-per-task", "cpus-per-gpu", "exclusive"}  # options of sbatch
+GPUS_IN_CONTAINER = {"--nv", "--nvccli", "--rocm"}  # ways to have them, of apptainer and singularity
 
 
 def connect(launcher: SlurmLauncherConfig) -> "Slurm":
@@ -115,13 +119,10 @@ class Slurm:
         from submitit import SlurmExecutor
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-        from llmkit.launchers.slurm_job import run_job
-
-        launcher: SlurmLauncherConfig = config.launcher
         above = run_dirs[0].parent if len(run_dirs) > 1 else run_dirs[0]
         folder = above / FOLDER
         is_new = not folder.exists()
-        executor = SlurmExecutor(folder=folder, python=python_command(launcher))
+        executor = SlurmExecutor(folder=folder, python=self.python_command(config))
         executor.update_parameters(job_name=f"llmkit-{above.name}", **self.parameters(config))
         said = io.StringIO()  # submitit prints what it raises, too
         try:
@@ -136,11 +137,12 @@ class Slurm:
     def parameters(self, config: TrainConfig) -> dict[str, Any]:
         """What submitit is given: sbatch's options by submitit's names."""
         launcher: SlurmLauncherConfig = config.launcher
+        cpus = _cpus(config)
         given: dict[str, Any] = {
             "partition": launcher.partition,
             "account": launcher.account,
             "qos": launcher.qos,
-            "cpus_per_task": launcher.cpus_per_task,
+            "cpus_per_task": cpus,
             "mem": f"{round(launcher.mem_gb * 1024)}MB" if launcher.mem_gb else None,
             "constraint": launcher.constraint,
             "exclude": launcher.exclude,
@@ -148,8 +150,8 @@ class Slurm:
             "gpus_per_node": self._gpus(config),
         }
         srun = ["--mpi=none"]  # torchrun makes the group, and MPI's variables would make Accelerate think of another
-        if launcher.cpus_per_task:
-            srun.append(f"--cpus-per-task={launcher.cpus_per_task}")  # from Slurm 22.05 on srun does not take sbatch's
+        if cpus:
+            srun.append(f"--cpus-per-task={cpus}")  # from Slurm 22.05 on srun does not take sbatch's
         if launcher.container and launcher.container_runtime == "pyxis":
             srun += [f"--container-image={launcher.container}", *launcher.container_args]
         return {name: value for name, value in given.items() if value is not None} | {
@@ -159,12 +161,24 @@ class Slurm:
             "signal_delay_s": launcher.signal_delay_s,
             "array_parallelism": launcher.array_parallelism,
             "setup": _setup(launcher),
+            "teardown": list(AFTER),
             "srun_args": srun,
             "stderr_to_stdout": False,
             "wckey": None,
             # A node that fails must not end a run, whatever the cluster's JobRequeue is.
             "additional_parameters": {"requeue": True} | launcher.additional_parameters,
         }
+
+    def python_command(self, config: TrainConfig) -> str | None:
+        """The shell command that is Python on the nodes; None: this one's own path, which they share."""
+        launcher: SlurmLauncherConfig = config.launcher
+        python = launcher.python or ("python" if launcher.container else None)
+        if launcher.container is None or launcher.container_runtime == "pyxis":
+            return python
+        arguments = launcher.container_args
+        if self._gpus(config) and not GPUS_IN_CONTAINER.intersection(arguments):
+            arguments = ["--nv", *arguments]  # pyxis sees to it itself
+        return f"{shlex.join([launcher.container_runtime, 'exec', *arguments, launcher.container])} {python}"
 
     def _gpus(self, config: TrainConfig) -> int | None:
         launcher: SlurmLauncherConfig = config.launcher
@@ -200,21 +214,19 @@ class Slurm:
             _ask("scancel", "--quiet", *job_ids)
 
 
-def python_command(launcher: SlurmLauncherConfig) -> str | None:
-    """The shell command that is Python on the nodes; None: this one's own path, which they share."""
-    python = launcher.python or ("python" if launcher.container else None)
-    if launcher.container and launcher.container_runtime != "pyxis":
-        start = [launcher.container_runtime, "exec", *launcher.container_args, launcher.container]
-        return f"{shlex.join(start)} {python}"
-    return python
-
-
 def _setup(launcher: SlurmLauncherConfig) -> list[str]:
     """The shell lines before a job. Without a Python of its own it has this one, and finds the llmkit of this one."""
     lines = list(launcher.setup)
     if launcher.python is None and launcher.container is None:
         lines.append(f"export PYTHONPATH={shlex.quote(package_parent())}${{PYTHONPATH:+:$PYTHONPATH}}")
-    return lines
+    return [*lines, *BEFORE]
+
+
+def _cpus(config: TrainConfig) -> int | None:
+    """Cores of each node: one per process at least, unless the user's own options of sbatch say how many."""
+    launcher: SlurmLauncherConfig = config.launcher
+    said = CORES & {name.replace("_", "-") for name in launcher.additional_parameters}
+    return launcher.cpus_per_task or (None if said else config.hardware.num_processes)
 
 
 def _size(config: TrainConfig) -> tuple[Any, ...]:

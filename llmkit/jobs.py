@@ -8,16 +8,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llmkit import rundir
 from llmkit.cli import guarded
 from llmkit.config import load
-from llmkit.errors import EXIT_DONE, EXIT_FAILED, ConfigError, did_you_mean
-from llmkit.launchers.cluster import SCHEDULERS, show_log
+from llmkit.errors import EXIT_DONE, ConfigError, LlmkitError, did_you_mean
+from llmkit.launchers.cluster import GONE, SCHEDULERS, connect, handed_over, if_gone, show_log
 from llmkit.launchers.collecting import collect_sweep
-from llmkit.launchers.job_record import CANCELLED, ENDED, QUEUED, JobRecord
+from llmkit.launchers.job_record import CANCELLED, ENDED, GIVEN_UP, QUEUED, JobRecord
 from llmkit.launchers.overview import OPEN, Overview, runs_below
 
 HELP = """\
@@ -25,6 +25,7 @@ llmkit jobs [list] [DIR ...]      every run below DIR (runs/, unless you say oth
 llmkit jobs watch [DIR ...]       the same, live, until none is queued or running
 llmkit jobs logs RUN [-f]         what a run has said; -f: follow it to its end
 llmkit jobs cancel RUN|SWEEP      stop it: what runs saves its step first, and the same command goes on later
+llmkit jobs cancel RUN|SWEEP gone=true   give it up where its Slurm or Ray is gone for good and cannot be asked
 llmkit jobs collect SWEEP         write sweep.json, the ranking and the plot from what the runs have left
 
 For every launcher, from any shell: all that is known of a run is in its directory and with its scheduler.
@@ -52,16 +53,19 @@ def _jobs(argv: list[str]) -> int:
     action = argv[0] if argv and argv[0] in ACTIONS else "list"
     words = argv[1:] if argv and argv[0] in ACTIONS else argv
     follow = [word for word in words if word in FOLLOW]
+    gone = [word for word in words if word == GONE]
     if strange := [word for word in words if word.startswith("-") and word not in FOLLOW]:
         raise ConfigError(f"{strange[0]}: unknown switch; see llmkit jobs --help.")
     if follow and action != "logs":
         raise ConfigError(f"{follow[0]} goes with llmkit jobs logs; llmkit jobs watch follows many runs.")
-    names = [word for word in words if word not in FOLLOW]
+    if gone and action != "cancel":
+        raise ConfigError(f"{GONE} goes with llmkit jobs cancel.")
+    names = [word for word in words if word not in (*FOLLOW, GONE)]
     if action in ("list", "watch"):
         return ACTIONS[action](names)
     if len(names) != 1:
         raise ConfigError(f"llmkit jobs {action} takes one run or sweep; see llmkit jobs --help.")
-    return ACTIONS[action](names + follow)
+    return ACTIONS[action](names + follow + gone)
 
 
 def _list(names: list[str]) -> int:
@@ -106,9 +110,11 @@ def _logs(words: list[str]) -> int:
 
 
 def _cancel(words: list[str]) -> int:
-    directory, overview = _directory(words[0]), Overview()
+    directory = _directory(words[0])
     run_dirs = runs_below([directory])
-    under_way = [view for view in overview.look(run_dirs) if view.state in OPEN]
+    if words[1:]:
+        return _give_up(run_dirs)
+    under_way = [view for view in Overview().look(run_dirs) if view.state in OPEN]
     if rundir.is_locked(directory) and not (directory / rundir.CONFIG).exists():  # a sweep of this machine
         _end_process(directory, rundir.lock_holder(directory))
         print(f"cancel  {directory}: its driver is told to stop")
@@ -121,13 +127,33 @@ def _cancel(words: list[str]) -> int:
         if record is None or record.launcher not in SCHEDULERS:
             _end_process(view.run_dir, (record and record.process) or rundir.lock_holder(view.run_dir))
         else:
-            if (scheduler := overview.scheduler(config)) is None:
-                return EXIT_FAILED  # it has been said why
-            scheduler.cancel([record.job_id])
+            try:
+                connect(config.launcher).cancel([record.job_id])
+            except LlmkitError as error:
+                raise LlmkitError(f"{view.run_dir} is not cancelled: {error} {if_gone(directory)}") from error
             if view.state == QUEUED:  # nobody is there to write it
                 record.state, record.ended = ENDED, CANCELLED
                 record.write(view.run_dir)
         print(f"cancel  {view.run_dir}   {view.launcher} {view.job_id} ({view.state})", flush=True)
+    return EXIT_DONE
+
+
+def _give_up(run_dirs: Sequence[Path]) -> int:
+    """Note that jobs have ended whose scheduler is gone. Raises ConfigError if it is there, or one of the jobs."""
+    records = {run_dir: record for run_dir in run_dirs if (record := handed_over(run_dir)) is not None}
+    overview = Overview()
+    overview.look(list(records))
+    for run_dir, record in records.items():
+        if not overview.is_silent(load(run_dir)):
+            raise ConfigError(f"{record.launcher} answers when it is asked for {run_dir}; leave {GONE} out.")
+        if rundir.is_locked(run_dir):
+            raise ConfigError(f"{run_dir} is being written to: its job is not gone.")
+    for run_dir, record in records.items():
+        record.state, record.ended = ENDED, GIVEN_UP
+        record.write(run_dir)
+        print(f"gone    {run_dir}   {record.launcher} {record.job_id}", flush=True)
+    if not records:
+        print("nothing is in the hands of a scheduler.")
     return EXIT_DONE
 
 

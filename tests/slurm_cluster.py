@@ -48,7 +48,7 @@ SlurmdParameters=config_overrides
 JobRequeue=1
 ReturnToService=2
 SlurmdTimeout=10
-KillWait=5
+KillWait=30
 SchedulerParameters=bf_interval=1,sched_interval=2
 PartitionName=main Nodes=ALL Default=YES State=UP
 PartitionName=other Nodes=node1 State=UP

@@ -8,7 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from slurm_cluster import SlurmCluster, wait_until
+from slurm_cluster import SlurmCluster, free_ports, wait_until
+
+from llmkit import rundir
+from llmkit.config import save
+from llmkit.launchers.job_record import JobRecord
+from llmkit.launchers.overview import Overview
 
 CHECKOUT = Path(__file__).parents[1]
 FAST = ("training.max_steps=4", "evaluation=off", "training.logging_steps=1")
@@ -173,6 +178,67 @@ def test_without_a_word_from_the_scheduler_the_run_directories_are_believed(slur
     wait_until(lambda: not slurm.states(), slurm.told, 60)
 
 
+def test_a_run_whose_slurm_is_gone_is_given_up_by_a_word_of_its_own(slurm: SlurmCluster, run_llmkit, tmp_path):
+    env, away = slurm.environment, {"PATH": str(tmp_path)}
+    later = "launcher.additional_parameters.begin=now+1hour"
+    assert run_llmkit("train", *QUEUE, *FAST, later, "name=a", env=env).returncode == 0
+    run_dir = tmp_path / "runs/a"
+    way_out = "llmkit jobs cancel runs/a gone=true"
+
+    refused = run_llmkit("train", *FAST, "name=a", env=away)
+    failed = run_llmkit("jobs", "cancel", "runs/a", env=away)
+    answered = run_llmkit("jobs", "cancel", "a", "gone=true", env=env)
+    with rundir.lock(run_dir):
+        alive = run_llmkit("jobs", "cancel", "a", "gone=true", env=away)
+    given_up = run_llmkit("jobs", "cancel", "a", "gone=true", env=away)
+    here = run_llmkit("train", *FAST, "name=a", env=away)
+    slurm.ask("scancel", *slurm.states())
+
+    assert refused.returncode == 2
+    assert "which cannot be asked: launcher=slurm: there is no sbatch here" in refused.stderr
+    assert way_out in refused.stderr
+    assert failed.returncode == 1
+    assert way_out in failed.stderr
+    assert answered.returncode == 2
+    assert "slurm answers when it is asked for runs/a" in answered.stderr
+    assert alive.returncode == 2
+    assert "its job is not gone" in alive.stderr
+    assert given_up.returncode == 0, given_up.stderr
+    assert here.returncode == 0, here.stderr
+    assert result_of(run_dir)["status"] == "completed"
+
+
+def test_a_scheduler_that_did_not_answer_is_asked_again_and_takes_nothing_from_what_others_say(
+    slurm: SlurmCluster, run_llmkit, compose, tmp_path, monkeypatch, capsys
+):
+    later = "launcher.additional_parameters.begin=now+1hour"
+    assert run_llmkit("train", *QUEUE, *FAST, later, "name=a", env=slurm.environment).returncode == 0
+    on_slurm, on_ray = tmp_path / "runs/a", tmp_path / "runs/b"
+    slurm.ask("scancel", json.loads((on_slurm / "job.json").read_text())["job_id"])
+    (port,) = free_ports(1)
+    on_ray.mkdir()
+    save(compose("launcher=ray", f"launcher.address=127.0.0.1:{port}"), on_ray)
+    JobRecord(launcher="ray", job_id=f"none@127.0.0.1:{port}").write(on_ray)
+    overview, path = Overview(), os.environ["PATH"]
+    monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
+
+    def states() -> list[str]:
+        return [view.state for view in overview.look([on_slurm, on_ray])]
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    silent = [states(), states()]
+    monkeypatch.setenv("PATH", path)
+    told = states()
+
+    assert silent == [["queued", "queued"]] * 2
+    assert told == ["stopped", "queued"]
+    said = capsys.readouterr().err
+    assert [said.count(words) for words in ("there is no sbatch here", f"nothing answers at 127.0.0.1:{port}")] == [
+        1,
+        1,
+    ]
+
+
 def test_watching_ends_with_the_last_run(run_llmkit, tmp_path, here):
     driver = here("name=short", "training.max_steps=60", *LONG[1:])
     wait_for_steps(tmp_path / "runs/short", 1)
@@ -190,6 +256,7 @@ def test_watching_ends_with_the_last_run(run_llmkit, tmp_path, here):
         (["logs", "alpah"], "Did you mean 'alpha'?"),
         (["cancel"], "llmkit jobs cancel takes one run or sweep"),
         (["list", "-f"], "-f goes with llmkit jobs logs"),
+        (["list", "gone=true"], "gone=true goes with llmkit jobs cancel"),
         (["--all"], "--all: unknown switch"),
         (["colect", "alpha"], "Did you mean 'collect'?"),
         (["collect", "alpha"], "alpha is no sweep"),

@@ -35,7 +35,7 @@ class SlurmLauncherConfig(ClusterLauncherConfig):
     gpus_per_node: int | None = setting(
         None, "GPUs per node; unset: hardware.num_processes where the partition has GPUs, none elsewhere.", ge=0
     )
-    cpus_per_task: int | None = setting(None, "CPU cores per node; unset: the cluster's default.", ge=1)
+    cpus_per_task: int | None = setting(None, "CPU cores on each node; unset: hardware.num_processes.", ge=1)
     mem_gb: float | None = setting(None, "Memory per node in GB; unset: the cluster's default.", gt=0)
     time: Any = setting(None, "Time limit: minutes, HH:MM:SS or D-HH:MM:SS; unset: the partition's.", text=True)
     constraint: str | None = setting(None, "Features that nodes must have, in sbatch's grammar.")
@@ -46,10 +46,11 @@ class SlurmLauncherConfig(ClusterLauncherConfig):
         120, "Seconds before the time limit at which a run is told to save and is queued again.", ge=10, le=65535
     )
     setup: list[str] = setting(
-        [], "Shell lines before the run: [module load cuda, source env/bin/activate].", text=True
+        [], "Shell lines before the run: [module load cuda]; they are written to disk, so no secrets.", text=True
     )
     python: str | None = setting(
-        None, "Command that is Python on the nodes, with llmkit and submitit; unset: this one's own path."
+        None,
+        "Command that is Python on the nodes (python: setup's), with llmkit and submitit; unset: this one's own path.",
     )
     container: str | None = setting(None, "Container image that Python runs in: a file or docker://...")
     container_runtime: str = setting(

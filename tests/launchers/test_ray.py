@@ -14,6 +14,9 @@ from ray_cluster import CPUS, RayCluster
 from run_records import steps_of, sweep_of, wait_for_steps
 from slurm_cluster import free_ports, wait_until
 
+from llmkit.config import save
+from llmkit.launchers.job_record import RUNNING, JobRecord
+
 CHECKOUT = Path(__file__).parents[2]
 FAST = ("training.max_steps=4", "evaluation=off", "training.logging_steps=1")
 LONG = ("training.max_steps=100000", "evaluation=off", "training.logging_steps=1", "training.eval_steps=1000000")
@@ -304,6 +307,26 @@ def test_a_cluster_that_does_not_answer_is_named(run_llmkit, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_run_of_a_cluster_that_is_gone_names_the_way_out_and_takes_it(run_llmkit, compose, tmp_path):
+    gone, other = free_ports(2)
+    run_dir = tmp_path / "runs/left"
+    run_dir.mkdir(parents=True)
+    save(compose("launcher=ray", f"launcher.address=127.0.0.1:{gone}", *FAST), run_dir)
+    JobRecord(launcher="ray", job_id=f"none@127.0.0.1:{gone}", state=RUNNING).write(run_dir)
+    words = ("train", "launcher=ray", f"launcher.address=127.0.0.1:{other}", *FAST, "name=left")
+
+    held = run_llmkit(*words)
+    given_up = run_llmkit("jobs", "cancel", "left", "gone=true")
+    free = run_llmkit(*words)
+
+    assert held.returncode == 1
+    assert f"nothing answers at 127.0.0.1:{gone}." in held.stderr
+    assert "llmkit jobs cancel runs/left gone=true" in held.stderr
+    assert given_up.returncode == 0, given_up.stderr
+    assert job_of(run_dir)["state"] == "ended"
+    assert f"nothing answers at 127.0.0.1:{other}." in free.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sweep", [(), ("-m", "lora.r=2,4")], ids=["run", "sweep"])
 @pytest.mark.parametrize(
@@ -321,6 +344,15 @@ def test_what_no_node_has_is_refused_with_what_there_is(on_ray, run_llmkit, tmp_
 
     assert done.returncode == 2
     assert f"the run needs {needs}, and this cluster has 1 node with CPU {CPUS}, GPU 1, memory" in done.stderr
+    assert not list((tmp_path / "runs").glob("**/config.yaml"))
+
+
+@pytest.mark.slow
+def test_of_a_sweep_over_sizes_each_is_compared_with_what_there_is(on_ray, run_llmkit, tmp_path):
+    done = run_llmkit("train", *on_ray, BATCH, "-m", "hardware.num_processes=4,1", "name=sizes")
+
+    assert done.returncode == 2, done.stdout
+    assert "the run needs a node with CPU 4, and this cluster has" in done.stderr
     assert not list((tmp_path / "runs").glob("**/config.yaml"))
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,15 @@ CHECKOUT = Path(__file__).parents[2]
 FAST = ("training.max_steps=4", "evaluation=off", "training.logging_steps=1")
 SLURM = ("launcher=slurm", "launcher.poll_s=1", "launcher.cpus_per_task=1", "launcher.preflight=false")
 LONG = ("training.max_steps=100000", "evaluation=off", "training.logging_steps=1", "training.eval_steps=1000000")
+
+CPU, CUDA, IMAGE = "hardware.device=cpu", "hardware.device=cuda", "launcher.container=image.sif"
+# In place of apptainer: it runs the command without a container, but where none of Slurm's commands is found.
+APPTAINER = """#!/bin/sh
+echo "$@" >> {log}
+while [ "$1" != image.sif ]; do shift; done
+shift
+PATH={path} exec "$@"
+"""
 
 
 def job_of(run_dir: Path) -> dict:
@@ -90,23 +100,71 @@ def test_a_preempted_run_saves_is_queued_again_and_ends_as_if_undisturbed(
 
 
 @pytest.mark.slow
-def test_one_preempted_job_of_a_sweep_is_queued_again_alone(slurm: SlurmCluster, tmp_path):
-    words = ("training.max_steps=80", "evaluation=off", "training.logging_steps=1")
-    driver = start(slurm, tmp_path, *SLURM, *words, "-m", "lora.r=2,4", "name=s")
-    first, second = tmp_path / "runs/s/r=2", tmp_path / "runs/s/r=4"
-    wait_for_steps(first, 5)
-    slurm.ask("scancel", "--signal=USR2", job_of(first)["job_id"])
+@pytest.mark.parametrize(("preempted", "other"), [("r=2", "r=4"), ("r=4", "r=2")], ids=["first", "last"])
+def test_one_preempted_job_of_a_sweep_is_queued_again_alone(slurm: SlurmCluster, tmp_path, preempted, other):
+    driver = start(slurm, tmp_path, *SLURM, *LONG, "-m", "lora.r=2,4", "name=s")
+    directory = tmp_path / "runs/s"
+    for name in (preempted, other):
+        wait_for_steps(directory / name, 5)
+    job_id = job_of(directory / preempted)["job_id"]
+
+    slurm.ask("scancel", "--signal=USR2", job_id)
+    wait_until(lambda: job_of(directory / preempted)["starts"] == 2, slurm.told, 180)
+    states = slurm.states()
+    slurm.ask("scancel", job_id.partition("_")[0])
     output = driver.communicate(timeout=300)[0]
 
-    assert driver.returncode == 0, output
-    assert [job["status"] for job in sweep_of(tmp_path / "runs/s")] == ["completed"] * 2
-    assert (job_of(first)["starts"], job_of(second)["starts"]) == (2, 1)
-    assert steps_of(first) == list(range(1, 81))
+    assert list(states.values()) == ["RUNNING"] * 2
+    assert job_of(directory / other)["starts"] == 1
+    assert driver.returncode == 75, output
+    assert [job["status"] for job in sweep_of(directory)] == ["preempted"] * 2
+    steps = steps_of(directory / preempted)
+    assert steps == list(range(1, steps[-1] + 1))
 
 
 @pytest.mark.slow
-def test_a_run_on_two_nodes_is_one_group_and_goes_on_as_one_after_a_preemption(slurm: SlurmCluster, tmp_path):
-    words = ("hardware.num_nodes=2", "hardware.device=cpu", "training.max_steps=60", "evaluation=off")
+def test_a_run_that_slurm_itself_queues_again_is_followed_and_not_queued_twice(slurm: SlurmCluster, tmp_path):
+    words = (*SLURM, *LONG, "name=again")
+    driver = start(slurm, tmp_path, *words)
+    run_dir = tmp_path / "runs/again"
+    wait_for_steps(run_dir, 5)
+    job_id = job_of(run_dir)["job_id"]
+
+    slurm.ask("scontrol", "requeue", job_id)
+    wait_until(lambda: job_of(run_dir)["state"] != "running", "the run does not save and end", 60)
+    second = start(slurm, tmp_path, *words)
+    assert second.stdout is not None
+    attached = second.stdout.readline()
+    saved = len(steps_of(run_dir))
+    wait_for_steps(run_dir, saved + 5)
+    slurm.ask("scancel", job_id)
+    outputs = [one.communicate(timeout=300)[0] for one in (driver, second)]
+
+    assert f"job     {job_id} runs runs/again already" in attached
+    assert [driver.returncode, second.returncode] == [75, 75], outputs
+    assert (job_of(run_dir)["job_id"], job_of(run_dir)["starts"]) == (job_id, 2)
+    assert "by SIGTERM at step" in outputs[0]
+    assert steps_of(run_dir) == list(range(1, steps_of(run_dir)[-1] + 1))
+
+
+@pytest.fixture
+def container(monkeypatch, tmp_path) -> Path:
+    """What the container runtime was told to start."""
+    programs, log = tmp_path / "programs", tmp_path / "apptainer.log"
+    programs.mkdir()
+    program = programs / "apptainer"
+    program.write_text(APPTAINER.format(log=log, path=Path(sys.executable).parent))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    return log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inside", [(), (IMAGE, f"launcher.python={sys.executable}")], ids=["bare", "container"])
+def test_a_run_on_two_nodes_is_one_group_and_goes_on_as_one_after_a_preemption(
+    slurm: SlurmCluster, tmp_path, container, inside
+):
+    words = ("hardware.num_nodes=2", CPU, "training.max_steps=60", "evaluation=off", *inside)
     driver = start(slurm, tmp_path, *SLURM, *words, "training.logging_steps=1", "name=wide")
     run_dir = tmp_path / "runs/wide"
     wait_for_steps(run_dir, 5)
@@ -119,6 +177,9 @@ def test_a_run_on_two_nodes_is_one_group_and_goes_on_as_one_after_a_preemption(s
     assert nodes == "node[1-2]"
     assert job_of(run_dir)["starts"] == 2
     assert steps_of(run_dir) == list(range(1, 61))
+    started = f"exec image.sif {sys.executable} -u -m submitit.core._submit {run_dir / 'slurm'}"
+    assert container.exists() == bool(inside)
+    assert not inside or container.read_text().splitlines() == [started] * 4  # two nodes, twice
 
 
 @pytest.mark.slow
@@ -275,14 +336,44 @@ def test_slurm_is_asked_for_what_the_config_says(slurm: SlurmCluster, run_llmkit
     wait_until(lambda: not slurm.states(), slurm.told, 120)
 
 
+def test_each_process_has_a_core_where_nothing_else_is_asked_for(slurm: SlurmCluster, run_llmkit, tmp_path):
+    later = "launcher.additional_parameters.begin=now+1hour"
+    words = ("launcher=slurm", "launcher.preflight=false", "launcher.wait=false", later, "hardware.num_processes=2")
+
+    done = run_llmkit("train", *words, CPU, "name=cores", env=slurm.environment)
+    assert done.returncode == 0, done.stderr
+    job_id = job_of(tmp_path / "runs/cores")["job_id"]
+    job = slurm.ask("scontrol", "--oneliner", "show", "job", job_id)
+    slurm.ask("scancel", job_id)
+
+    assert "CPUs/Task=2" in job
+    script = next((tmp_path / "runs/cores/slurm").glob("*_submission.sh")).read_text()
+    assert "--cpus-per-task=2" in script[script.index("srun ") :]  # srun does not take sbatch's
+
+
+@pytest.mark.parametrize("option", ["cpus-per-task=4", "cpus_per_gpu=4", "exclusive=true"])
+def test_cores_that_are_asked_for_by_an_option_of_sbatch_are_left_to_it(compose, option):
+    from llmkit.launchers.slurm import Slurm
+
+    config = compose("launcher=slurm", CPU, "hardware.num_processes=2", f"launcher.additional_parameters.{option}")
+    parameters = Slurm().parameters(config)
+
+    assert "cpus_per_task" not in parameters
+    assert parameters["srun_args"] == ["--mpi=none"]
+
+
 def test_the_nodes_of_a_job_agree_on_where_they_meet(slurm: SlurmCluster, tmp_path):
+    from llmkit.launchers.slurm_job import BEFORE
+
     program = "from llmkit.launchers.slurm_job import place; print(place())"
-    command = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-c", program]
+    script = tmp_path / "script.sh"
+    script.write_text("\n".join(["#!/bin/bash", *BEFORE, f"srun {shlex.join([sys.executable, '-c', program])}", ""]))
+    command = ["sbatch", "--wait", "--nodes=2", "--ntasks-per-node=1", "--output=places", str(script)]
     env = os.environ | {"PYTHONPATH": str(CHECKOUT)} | slurm.environment
 
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
+    subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, timeout=120, check=True)
 
-    places = sorted(done.stdout.splitlines())
+    places = sorted((tmp_path / "places").read_text().splitlines())
     assert [re.search(r"rank=(\d), nodes=2", one)[1] for one in places] == ["0", "1"]
     (meeting,) = {re.search(r"rendezvous='(127\.0\.0\.1|node1):(\d+)'", one)[0] for one in places}
     assert 20000 <= int(re.search(r":(\d+)'", meeting)[1]) < 30000
@@ -298,19 +389,19 @@ def test_without_slurm_the_message_says_where_to_start(run_llmkit, tmp_path):
 @pytest.mark.parametrize(
     ("words", "command"),
     [
-        ((), None),
-        (("launcher.python=env/bin/python",), "env/bin/python"),
-        (
-            ("launcher.container=image.sif", "launcher.container_args=[--nv]"),
-            "apptainer exec --nv image.sif python",
-        ),
-        (("launcher.container=image.sqsh", "launcher.container_runtime=pyxis"), "python"),
+        ((CPU,), None),
+        ((CPU, "launcher.python=env/bin/python"), "env/bin/python"),
+        ((CPU, IMAGE, "launcher.container_args=[--bind, /data]"), "apptainer exec --bind /data image.sif python"),
+        ((CUDA, IMAGE), "apptainer exec --nv image.sif python"),
+        ((IMAGE, "hardware.num_processes=2", "launcher.gpus_per_node=2"), "apptainer exec --nv image.sif python"),
+        ((CUDA, IMAGE, "launcher.container_args=[--nvccli]"), "apptainer exec --nvccli image.sif python"),
+        ((CUDA, "launcher.container=image.sqsh", "launcher.container_runtime=pyxis"), "python"),
     ],
 )
-def test_python_on_the_nodes_is_this_one_or_that_of_a_container(compose, words, command):
-    from llmkit.launchers.slurm import python_command
+def test_python_on_the_nodes_is_this_one_or_that_of_a_container_which_sees_the_gpus(compose, words, command):
+    from llmkit.launchers.slurm import Slurm
 
-    assert python_command(compose("launcher=slurm", *words).launcher) == command
+    assert Slurm().python_command(compose("launcher=slurm", *words)) == command
 
 
 @pytest.mark.parametrize("time", ["90", "1:30:00", "2-12", "2-12:00:00"])

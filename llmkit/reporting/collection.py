@@ -1,0 +1,210 @@
+"""The runs of one page: which they are, how each stands, what tells them from each other, and which is best."""
+
+import dataclasses
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmkit import rundir
+from llmkit.config.files import NOT_COMPARED, flat_values, recorded_values
+from llmkit.config.schema import OPTIONAL_NODES, TrainConfig
+from llmkit.errors import ConfigError
+from llmkit.launchers.overview import Overview
+from llmkit.launchers.sweep import MAXIMIZED, swept_values
+from llmkit.reporting.runs import COMPLETED, Run, State, read_run
+
+MOST_COLUMNS = 6  # keys that runs which are no sweep may differ in and still be told apart by them
+PLACES = ("name", "run_dir", "derived", "checkpoint.remote", "tracking.group")  # each run has its own
+UNDER_WAY = ("waiting", "queued", "running")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """A key of the config that is not the same in all runs, or not what it is without being set."""
+
+    key: str
+    values: list[Any]  # of each run; in front of that of a single run the default
+
+
+@dataclass(slots=True, kw_only=True)
+class Report:
+    """What a page shows."""
+
+    places: list[Path]  # as they were named
+    sweep: Path | None  # if all runs are of one
+    objective: str | None  # None where the runs do not have the same
+    runs: list[Run]  # ranked ones first, the best at the top
+    written: datetime.datetime
+
+    @property
+    def ranked(self) -> list[Run]:
+        """The finished runs with a figure to rank them by, the best first."""
+        return [run for run in self.runs if run.rank is not None]
+
+    @property
+    def winner(self) -> Run | None:
+        """The best run; of runs that cannot be ranked none, unless there is only one."""
+        if len(self.runs) == 1:
+            return self.runs[0] if self.runs[0].is_completed else None
+        return next(iter(self.ranked), None)
+
+    @property
+    def swept_keys(self) -> list[str]:
+        """What the runs differ in, in the order it was asked for."""
+        return list(dict.fromkeys(key for run in self.runs for key in run.swept))
+
+    def count(self, *statuses: str) -> int:
+        """How many runs are in one of these states."""
+        return sum(run.state.status in statuses for run in self.runs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """A run that is to be read: where it is, and what its sweep's record says of it."""
+
+    directory: Path
+    sweep: Path | None = None
+    overrides: tuple[str, ...] = ()
+    status: str = "unknown"
+    error: str = ""
+
+
+def read_report(places: Sequence[Path]) -> Report:
+    """Read the runs and sweeps in these directories, as they are now.
+
+    Raises ConfigError for what is neither, and where there is nothing to show yet.
+    """
+    jobs = list({job.directory.resolve(): job for place in places for job in _jobs(place)}.values())
+    sweeps = {job.sweep for job in jobs}
+    sweep = places[0] if len(places) == 1 and sweeps != {None} else None
+    objective = _objective(jobs)
+    states = _states(jobs)
+    runs = [
+        read_run(job.directory, name=_name(job, alone=len(sweeps) == 1), state=state, objective=objective)
+        for job, state in zip(jobs, states, strict=True)
+    ]
+    if all(run.is_blank for run in runs):
+        what = f"none of its {len(runs)} runs has" if len(runs) > 1 else "the run has not"
+        raise ConfigError(f"{' '.join(map(str, places))}: nothing to show yet; {what} logged a step.")
+    _tell_apart(runs, jobs if sweep else None)
+    return Report(
+        places=list(places),
+        sweep=sweep,
+        objective=objective,
+        runs=_rank(runs, objective),
+        written=datetime.datetime.now().astimezone(),
+    )
+
+
+def differences(runs: Sequence[Run]) -> list[Difference]:
+    """What differs between these runs' configs; of a single run what it sets, beside what it would be otherwise."""
+    configs = [run.config for run in runs if run.config]
+    if len(configs) == 1 and len(runs) == 1:
+        return _set_by_user(configs[0])
+    keys = sorted({key for config in configs for key in config} - set(PLACES))
+    found = [Difference(key=key, values=[run.config.get(key) for run in runs]) for key in keys]
+    return [one for one in found if any(config.get(one.key) != configs[0].get(one.key) for config in configs)]
+
+
+def _set_by_user(config: dict[str, Any]) -> list[Difference]:
+    defaults = flat_values(dataclasses.asdict(TrainConfig()))
+    for node, kind in OPTIONAL_NODES.items():
+        defaults |= flat_values(dataclasses.asdict(kind()), f"{node}.")
+    left_open = {*PLACES, *(config.get("derived") or ())}
+    return [
+        Difference(key=key, values=[defaults.get(key), value])
+        for key, value in config.items()
+        if key not in left_open and value != defaults.get(key) and not key.startswith("launcher")
+    ]
+
+
+def _jobs(place: Path) -> list[_Job]:
+    """The runs in a directory: itself, or those of the sweep that it holds."""
+    if (place / rundir.CONFIG).exists():
+        return [_Job(directory=place)]
+    record = rundir.read_json(place / rundir.SWEEP)
+    if record is None:
+        within = [f"{path.parent}" for path in sorted(place.glob(f"*/{rundir.CONFIG}"))[:3]]
+        within += [f"{path.parent}" for path in sorted(place.glob(f"*/{rundir.SWEEP}"))[:3]]
+        hint = f" Below it: {', '.join(within)}." if within else ""
+        raise ConfigError(f"{place}: neither a run ({rundir.CONFIG}) nor a sweep ({rundir.SWEEP}).{hint}")
+    return [
+        _Job(
+            directory=place / Path(job["run_dir"]).name,
+            sweep=place,
+            overrides=tuple(job["overrides"]),
+            status=job["status"],
+            error=job["error"] or "",
+        )
+        for job in record["jobs"]
+    ]
+
+
+def _name(job: _Job, *, alone: bool) -> str:
+    name = job.directory.resolve().name
+    return f"{job.sweep.resolve().name}/{name}" if job.sweep is not None and not alone else name
+
+
+def _objective(jobs: Sequence[_Job]) -> str | None:
+    """What the runs are compared by; None if they have different figures for it."""
+    named = set()
+    for job in jobs:
+        if job.sweep is not None:
+            named.add((rundir.read_json(job.sweep / rundir.SWEEP) or {}).get("objective"))
+        else:
+            named.add(recorded_values(job.directory).get("objective"))
+    return named.pop() if len(named) == 1 else None
+
+
+def _states(jobs: Sequence[_Job]) -> list[State]:
+    """How each stands. A scheduler is asked only of runs that are not known to have come to their end."""
+    done = {job.directory for job in jobs if (rundir.read_result(job.directory) or {}).get("status") == COMPLETED}
+    made = [job.directory for job in jobs if job.directory not in done and (job.directory / rundir.CONFIG).exists()]
+    views = dict(zip(made, Overview().look(made), strict=True))
+    states = []
+    for job in jobs:
+        if job.directory in done:
+            states.append(State(status=COMPLETED))
+        elif (view := views.get(job.directory)) is None or (view.state == "unknown" and job.status != "running"):
+            states.append(State(status=job.status, reason=_first_line(job.error)))
+        else:
+            states.append(State(status=view.state, reason=view.detail or _first_line(job.error), steps=view.steps))
+    return states
+
+
+def _first_line(text: str) -> str:
+    return text.splitlines()[0] if text else ""
+
+
+def _tell_apart(runs: Sequence[Run], jobs: Sequence[_Job] | None) -> None:
+    """Note in each run the values that it was swept over, or, where they are no sweep's, what they differ in."""
+    if jobs is not None:
+        values = swept_values([job.overrides for job in jobs])
+        for run, job, swept in zip(runs, jobs, values, strict=True):
+            run.swept = swept
+            assert run.directory == job.directory
+        return
+    asked = [one for one in differences(runs) if len(runs) > 1 and not _is_left_aside(one.key, runs)]
+    if 0 < len(asked) <= MOST_COLUMNS:
+        words = [one.key.rpartition(".")[2] for one in asked]
+        for number, run in enumerate(runs):
+            run.swept = {
+                word if words.count(word) == 1 else one.key: str(one.values[number])
+                for word, one in zip(words, asked, strict=True)
+            }
+
+
+def _is_left_aside(key: str, runs: Sequence[Run]) -> bool:
+    places = any(key == name or key.startswith(f"{name}.") for name in NOT_COMPARED)
+    return places or any(key in (run.config.get("derived") or ()) for run in runs)
+
+
+def _rank(runs: list[Run], objective: str | None) -> list[Run]:
+    """Number the finished runs from the best on, and put them first."""
+    done = [run for run in runs if objective and run.is_completed and run.objective is not None]
+    done.sort(key=lambda run: run.objective or 0.0, reverse=objective in MAXIMIZED)
+    for rank, run in enumerate(done, start=1):
+        run.rank = rank
+    return [*done, *(run for run in runs if run.rank is None)]

@@ -1,0 +1,298 @@
+"""The tables of a page: texts in cells, in the order they are read."""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from llmkit import rundir
+from llmkit.data.preview.tables import audit_tables
+from llmkit.reporting.charts import colour
+from llmkit.reporting.collection import Report, differences
+from llmkit.reporting.runs import LOSSES, SHARES, Answers, Cost, Figure, Run
+
+NOT_KNOWN = "-"
+MOST_WINNERS = 3  # whose answers stand side by side
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One field: a text, and smaller lines below it."""
+
+    text: str
+    notes: list[str] = field(default_factory=list)
+    link: str = ""
+    colour: str = ""  # of the run that it names
+    is_number: bool = False
+    is_text: bool = False  # words of a user or a model: line breaks and spaces as they are
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Rows of cells below a heading; `strong` is the number of the row to be seen first."""
+
+    heading: list[str]
+    rows: list[list[Cell]]
+    caption: str = ""
+    strong: int | None = None
+
+
+def leaderboard(report: Report, page: Path) -> Table:
+    """Every run, the best first: what was swept, its figures, how it stands."""
+    names = figure_names(report)
+    tested = list(dict.fromkeys(name for run in report.runs for name in run.test))
+    has_adapter = any(run.config.get("lora.r") for run in report.runs)
+    rows = [
+        [
+            _number(str(run.rank) if run.rank else ""),
+            Cell(text=run.name, link=_link(run, page), colour=colour(run, report.runs)),
+            *(Cell(text=run.swept.get(key, ""), is_number=_is_number(run.swept.get(key, ""))) for key in keys(report)),
+            *(_figure_cell(name, run.figures.get(name), run.base.get(name)) for name in names),
+            *(_figure_cell(name, run.test.get(name)) for name in tested),
+            *([_number(scale(run))] if has_adapter else []),
+            _number(str(run.config.get("seed", ""))),
+            _number(_steps(run)),
+            _state(run),
+        ]
+        for run in report.runs
+    ]
+    heading = ["#", "run", *keys(report), *names, *(f"{name} on data.test" for name in tested)]
+    heading += [*(["alpha / r"] if has_adapter else []), "seed", "steps", "status"]
+    winner = report.winner
+    strong = report.runs.index(winner) if winner is not None and len(report.runs) > 1 else None
+    return Table(heading=heading, rows=rows, strong=strong)
+
+
+def keys(report: Report) -> list[str]:
+    """The columns of swept values; one that only repeats the run's name would say nothing."""
+    return report.swept_keys if len(report.runs) > 1 or report.sweep else []
+
+
+def figure_names(report: Report) -> list[str]:
+    """The figures that any run has, the objective first."""
+    found = {name for run in report.runs for name in run.figures}
+    ordered = [name for name in (*LOSSES, *SHARES) if name in found]
+    return sorted(ordered, key=lambda name: name != report.objective)
+
+
+def in_words(name: str, figure: Figure) -> str:
+    """`97.2% (95%: 85.8% to 99.5%, 36 rows)`, or `0.0777` where no interval is known."""
+    return " ".join([shown(name, figure.value), *(f"({note})" for note in _interval(name, figure))])
+
+
+def shown(name: str, value: float) -> str:
+    """A figure by itself: a share in percent, a loss with four digits behind the point."""
+    return f"{value:.1%}" if name in SHARES else f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"
+
+
+def scale(run: Run) -> str:
+    """What LoRA's update is multiplied by, and of what it is made: `16 / 8 = 2`."""
+    r = run.config.get("lora.r")
+    if not r:
+        return NOT_KNOWN
+    alpha = run.config.get("lora.lora_alpha") or 2 * r
+    root = bool(run.config.get("lora.use_rslora"))
+    return f"{alpha} / {'√' if root else ''}{r} = {alpha / (math.sqrt(r) if root else r):.3g}"
+
+
+def costs(report: Report) -> Table:
+    """What each run took, and all of them together."""
+    priced = any(run.cost is not None and run.cost.money is not None for run in report.runs)
+    columns: dict[str, Callable[[Cost], str]] = {
+        "time": lambda cost: duration(cost.seconds),
+        "device time": lambda cost: duration(cost.device_seconds),
+        "device": lambda cost: cost.device or NOT_KNOWN,
+        "tokens": lambda cost: _count(cost.tokens),
+        "tokens/s": lambda cost: _count(cost.tokens_per_second),
+        "peak memory": lambda cost: _bytes(cost.peak_memory_bytes),
+    }
+    if priced:
+        columns["money"] = lambda cost: _money(cost.money)
+    rows = []
+    for run in report.runs:
+        cells = [NOT_KNOWN] * len(columns) if run.cost is None else [show(run.cost) for show in columns.values()]
+        rows.append([_run_cell(run, report), *(_number(text) for text in cells)])
+    if len(report.runs) > 1:
+        rows.append([Cell(text="all"), *(_number(text) for text in _totals(report.runs, priced=priced))])
+    strong = len(rows) - 1 if len(report.runs) > 1 else None
+    return Table(heading=["run", *columns], rows=rows, strong=strong)
+
+
+def _totals(runs: Sequence[Run], *, priced: bool) -> list[str]:
+    known = [run.cost for run in runs if run.cost is not None]
+
+    def total(values: Iterable[float | None]) -> float | None:
+        found = [value for value in values if value is not None]
+        return sum(found) if found else None
+
+    peaks = [cost.peak_memory_bytes for cost in known if cost.peak_memory_bytes is not None]
+    texts = [
+        duration(total(cost.seconds for cost in known)),
+        duration(total(cost.device_seconds for cost in known)),
+        "",
+        _count(total(cost.tokens for cost in known)),
+        "",
+        f"{_bytes(max(peaks))} at most" if peaks else NOT_KNOWN,
+    ]
+    return [*texts, _money(total(cost.money for cost in known))] if priced else texts
+
+
+def config_table(report: Report) -> Table:
+    """Only what differs: between the runs, or, of a single run, from what holds where nothing is set."""
+    found = differences(report.runs)
+    alone = len(report.runs) == 1
+    heading = ["key", *(["unless set", "here"] if alone else [run.label for run in report.runs])]
+    rows = [[Cell(text=one.key), *(Cell(text=_value(value), is_text=True) for value in one.values)] for one in found]
+    return Table(heading=heading, rows=rows)
+
+
+def answers_table(report: Report) -> Table | None:
+    """The base model's answers beside those of the best runs; None where nobody was asked."""
+    best = [run for run in (report.ranked or report.runs) if run.shown_answers is not None][:MOST_WINNERS]
+    if not best:
+        return None
+    columns = [_by_prompt(run.shown_answers) for run in best]
+    base_of = next((run for run in best if run.answers[0].step == 0), None)
+    base = _by_prompt(base_of.answers[0]) if base_of is not None else {}
+    prompts = list(dict.fromkeys(prompt for column in columns for prompt in column))
+    rows = [
+        [
+            _words(prompt[0]),
+            _words(prompt[1]),
+            *([_words(base.get(prompt, NOT_KNOWN))] if base else []),
+            *(_words(column.get(prompt, NOT_KNOWN)) for column in columns),
+        ]
+        for prompt in prompts
+    ]
+    heading = ["prompt", "expected", *(["base model"] if base else [])]
+    heading += [f"{run.label} (step {run.shown_answers.step:,})" for run in best if run.shown_answers is not None]
+    return Table(heading=heading, rows=rows)
+
+
+def _by_prompt(answers: Answers | None) -> dict[tuple[str, str], str]:
+    return {(one.prompt, one.expected): one.answer for one in answers.samples} if answers is not None else {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Audited:
+    """The audit of the data of some runs."""
+
+    runs: list[Run]
+    tables: list[Table]
+    problems: list[str]
+    warnings: list[str]
+
+
+def audits(report: Report) -> list[Audited]:
+    """The audits, each once for all runs that share it."""
+    shared: list[tuple[dict[str, Any], list[Run]]] = []
+    for run in report.runs:
+        if run.audit is None:
+            continue
+        having = next((runs for audit, runs in shared if audit == run.audit), None)
+        if having is None:
+            shared.append((run.audit, [run]))
+        else:
+            having.append(run)
+    return [
+        Audited(runs=runs, tables=_audit_tables(audit), problems=audit["problems"], warnings=audit["warnings"])
+        for audit, runs in shared
+    ]
+
+
+def _audit_tables(audit: dict[str, Any]) -> list[Table]:
+    return [
+        Table(
+            caption=table.title,
+            heading=table.heading,
+            rows=[[Cell(text=text, is_number=i >= table.left) for i, text in enumerate(row)] for row in table.rows],
+        )
+        for table in audit_tables(audit)
+    ]
+
+
+def duration(seconds: float | None) -> str:
+    """`12.3 s`, and from two minutes on `1:02:03`."""
+    if seconds is None:
+        return NOT_KNOWN
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def _figure_cell(name: str, figure: Figure | None, before: Figure | None = None) -> Cell:
+    if figure is None:
+        return _number(NOT_KNOWN)
+    notes = _interval(name, figure)
+    if before is not None:
+        notes.append(f"before {shown(name, before.value)}")
+    return Cell(text=shown(name, figure.value), notes=notes, is_number=True)
+
+
+def _interval(name: str, figure: Figure) -> list[str]:
+    if figure.low is None or figure.high is None:
+        return []
+    rows = f", {figure.rows:,} rows" if figure.rows else ""
+    return [f"95%: {shown(name, figure.low)} to {shown(name, figure.high)}{rows}"]
+
+
+def _state(run: Run) -> Cell:
+    notes = [run.state.reason] if run.state.reason else []
+    if run.is_completed and run.rank is None and run.objective is None:
+        notes.append("has no figure to be ranked by")
+    return Cell(text=run.state.status, notes=notes)
+
+
+def _steps(run: Run) -> str:
+    if not run.config:
+        return ""
+    return f"{run.step:,}{f' of {run.state.steps:,}' if run.state.steps and not run.is_completed else ''}"
+
+
+def _run_cell(run: Run, report: Report) -> Cell:
+    return Cell(text=run.label, colour=colour(run, report.runs))
+
+
+def _link(run: Run, page: Path) -> str:
+    """Where a run's directory is, seen from the page; empty while there is none."""
+    if not (run.directory / rundir.CONFIG).exists():
+        return ""
+    return f"{quote(os.path.relpath(run.directory.resolve(), page.parent.resolve()))}/"
+
+
+def _number(text: str) -> Cell:
+    return Cell(text=text, is_number=True)
+
+
+def _words(text: str) -> Cell:
+    return Cell(text=text, is_text=True)
+
+
+def _value(value: Any) -> str:
+    return "unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _count(number: float | None) -> str:
+    return NOT_KNOWN if number is None else f"{number:,.0f}"
+
+
+def _bytes(size: int | None) -> str:
+    if size is None:
+        return NOT_KNOWN
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def _money(amount: float | None) -> str:
+    return NOT_KNOWN if amount is None else f"{amount:,.4f}" if amount < 1 else f"{amount:,.2f}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,6 +1,8 @@
 "use strict";
 // Draws the figures of the page; the runs that are ticked in the legend are shown in all of them.
-const options = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
+// Only these buttons: one of plotly.js's own would send the chart to a server.
+const buttons = [["zoom2d", "pan2d", "autoScale2d", "resetScale2d", "toImage"]];
+const options = { responsive: true, displaylogo: false, plotlyServerURL: "", modeBarButtons: buttons };
 const figures = JSON.parse(document.getElementById("figures").textContent);
 const charts = Object.keys(figures).map((id) => document.getElementById(id));
 const ticks = [...document.querySelectorAll("#legend input")];

@@ -177,7 +177,8 @@ def _layout(x: str, y: str, *, log_y: bool) -> dict[str, Any]:
     return {
         "xaxis": quiet | {"title": {"text": escape(x, quote=False)}},
         "yaxis": quiet | log | {"title": {"text": f"{y}{' (log)' if log_y else ''}"}},
-        "margin": {"l": 60, "r": 20, "t": 10, "b": 50},
+        "margin": {"l": 60, "r": 20, "t": 30, "b": 50},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#888", "activecolor": COLOURS[0]},
         "showlegend": False,
         "hovermode": "closest",
         "paper_bgcolor": "rgba(0,0,0,0)",

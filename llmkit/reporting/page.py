@@ -15,7 +15,10 @@ from llmkit.reporting.tables import answers_table, audits, config_table, costs, 
 
 MARK = '<meta name="generator" content="llmkit report">'  # by which a page of ours is known again
 # Nothing is fetched, and no script runs but those of this page, whatever the answers of a model may hold.
-POLICY = "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'unsafe-inline'; img-src data: blob:"
+POLICY = (
+    "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'unsafe-inline'; img-src data: blob:; "
+    "form-action 'none'; base-uri 'none'"
+)
 # Control characters, which HTML does not have, as pictures of themselves.
 PICTURES = {number: chr(0x2400 + number) for number in range(32) if chr(number) not in "\n\t"} | {0x7F: "␡"}
 

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from llmkit.reporting.runs import LOSSES, SHARES, Answers, Cost, Figure, Run
 
 NOT_KNOWN = "-"
 MOST_WINNERS = 3  # whose answers stand side by side
+MOST_SIDE_BY_SIDE = 4  # runs that have a column each; more have a row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +27,7 @@ class Cell:
     notes: list[str] = field(default_factory=list)
     link: str = ""
     colour: str = ""  # of the run that it names
-    is_number: bool = False
-    is_text: bool = False  # words of a user or a model: line breaks and spaces as they are
+    kind: str = ""  # its class in style.css: number, run, state, or words, whose line breaks and spaces are kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,22 +48,31 @@ def leaderboard(report: Report, page: Path) -> Table:
     rows = [
         [
             _number(str(run.rank) if run.rank else ""),
-            Cell(text=run.name, link=_link(run, page), colour=colour(run, report.runs)),
-            *(Cell(text=run.swept.get(key, ""), is_number=_is_number(run.swept.get(key, ""))) for key in keys(report)),
+            Cell(text=run.name, link=_link(run, page), colour=colour(run, report.runs), kind="run"),
+            _state(run),
+            *(Cell(text=run.swept.get(key, ""), kind=_kind(run.swept.get(key, ""))) for key in keys(report)),
             *(_figure_cell(name, run.figures.get(name), run.base.get(name)) for name in names),
             *(_figure_cell(name, run.test.get(name)) for name in tested),
             *([_number(scale(run))] if has_adapter else []),
             _number(str(run.config.get("seed", ""))),
             _number(_steps(run)),
-            _state(run),
         ]
         for run in report.runs
     ]
-    heading = ["#", "run", *keys(report), *names, *(f"{name} on data.test" for name in tested)]
-    heading += [*(["alpha / r"] if has_adapter else []), "seed", "steps", "status"]
+    heading = ["#", "run", "status", *keys(report)]
+    heading += [_named(name, [run.figures for run in report.runs]) for name in names]
+    heading += [_named(name, [run.test for run in report.runs], where=" on data.test") for name in tested]
+    heading += [*(["alpha / r"] if has_adapter else []), "seed", "steps"]
     winner = report.winner
     strong = report.runs.index(winner) if winner is not None and len(report.runs) > 1 else None
     return Table(heading=heading, rows=rows, strong=strong)
+
+
+def _named(name: str, figures: Sequence[Mapping[str, Figure]], *, where: str = "") -> str:
+    """The heading of a figure's column: how many rows it is of, where all runs have the same."""
+    rows = {known[name].rows for known in figures if name in known}
+    count = rows.pop() if len(rows) == 1 else None
+    return f"{name}{where}{f' ({count:,} rows)' if count else ''}"
 
 
 def keys(report: Report) -> list[str]:
@@ -80,7 +89,10 @@ def figure_names(report: Report) -> list[str]:
 
 def in_words(name: str, figure: Figure) -> str:
     """`97.2% (95%: 85.8% to 99.5%, 36 rows)`, or `0.0777` where no interval is known."""
-    return " ".join([shown(name, figure.value), *(f"({note})" for note in _interval(name, figure))])
+    if figure.low is None or figure.high is None:
+        return shown(name, figure.value)
+    rows = f", {figure.rows:,} rows" if figure.rows else ""
+    return f"{shown(name, figure.value)} (95%: {_from_to(name, figure.low, figure.high)}{rows})"
 
 
 def shown(name: str, value: float) -> str:
@@ -142,11 +154,13 @@ def _totals(runs: Sequence[Run], *, priced: bool) -> list[str]:
 
 def config_table(report: Report) -> Table:
     """Only what differs: between the runs, or, of a single run, from what holds where nothing is set."""
-    found = differences(report.runs)
-    alone = len(report.runs) == 1
-    heading = ["key", *(["unless set", "here"] if alone else [run.label for run in report.runs])]
-    rows = [[Cell(text=one.key), *(Cell(text=_value(value), is_text=True) for value in one.values)] for one in found]
-    return Table(heading=heading, rows=rows)
+    found, runs = differences(report.runs), report.runs
+    if len(runs) > MOST_SIDE_BY_SIDE and found:
+        by_run = zip(runs, zip(*(one.values for one in found), strict=True), strict=True)
+        rows = [[_run_cell(run, report), *map(_value_cell, values)] for run, values in by_run]
+        return Table(heading=["run", *(one.key for one in found)], rows=rows)
+    heading = ["key", *(["unless set", "here"] if len(runs) == 1 else [run.label for run in runs])]
+    return Table(heading=heading, rows=[[Cell(text=one.key), *map(_value_cell, one.values)] for one in found])
 
 
 def answers_table(report: Report) -> Table | None:
@@ -204,14 +218,12 @@ def audits(report: Report) -> list[Audited]:
 
 
 def _audit_tables(audit: dict[str, Any]) -> list[Table]:
-    return [
-        Table(
-            caption=table.title,
-            heading=table.heading,
-            rows=[[Cell(text=text, is_number=i >= table.left) for i, text in enumerate(row)] for row in table.rows],
-        )
-        for table in audit_tables(audit)
-    ]
+    tables = []
+    for table in audit_tables(audit):
+        kinds = [""] * table.left + ["number"] * (len(table.heading) - table.left)
+        rows = [[Cell(text=text, kind=kind) for text, kind in zip(row, kinds, strict=True)] for row in table.rows]
+        tables.append(Table(caption=table.title, heading=table.heading, rows=rows))
+    return tables
 
 
 def duration(seconds: float | None) -> str:
@@ -227,24 +239,21 @@ def duration(seconds: float | None) -> str:
 def _figure_cell(name: str, figure: Figure | None, before: Figure | None = None) -> Cell:
     if figure is None:
         return _number(NOT_KNOWN)
-    notes = _interval(name, figure)
+    notes = [] if figure.low is None or figure.high is None else [_from_to(name, figure.low, figure.high)]
     if before is not None:
         notes.append(f"before {shown(name, before.value)}")
-    return Cell(text=shown(name, figure.value), notes=notes, is_number=True)
+    return Cell(text=shown(name, figure.value), notes=notes, kind="number")
 
 
-def _interval(name: str, figure: Figure) -> list[str]:
-    if figure.low is None or figure.high is None:
-        return []
-    rows = f", {figure.rows:,} rows" if figure.rows else ""
-    return [f"95%: {shown(name, figure.low)} to {shown(name, figure.high)}{rows}"]
+def _from_to(name: str, low: float, high: float) -> str:
+    return f"{shown(name, low)} to {shown(name, high)}"
 
 
 def _state(run: Run) -> Cell:
     notes = [run.state.reason] if run.state.reason else []
     if run.is_completed and run.rank is None and run.objective is None:
         notes.append("has no figure to be ranked by")
-    return Cell(text=run.state.status, notes=notes)
+    return Cell(text=run.state.status, notes=notes, kind="state")
 
 
 def _steps(run: Run) -> str:
@@ -254,7 +263,7 @@ def _steps(run: Run) -> str:
 
 
 def _run_cell(run: Run, report: Report) -> Cell:
-    return Cell(text=run.label, colour=colour(run, report.runs))
+    return Cell(text=run.label, colour=colour(run, report.runs), kind="run")
 
 
 def _link(run: Run, page: Path) -> str:
@@ -265,15 +274,15 @@ def _link(run: Run, page: Path) -> str:
 
 
 def _number(text: str) -> Cell:
-    return Cell(text=text, is_number=True)
+    return Cell(text=text, kind="number")
 
 
 def _words(text: str) -> Cell:
-    return Cell(text=text, is_text=True)
+    return Cell(text=text, kind="words")
 
 
-def _value(value: Any) -> str:
-    return "unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+def _value_cell(value: Any) -> Cell:
+    return _words("unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value))
 
 
 def _count(number: float | None) -> str:
@@ -290,9 +299,9 @@ def _money(amount: float | None) -> str:
     return NOT_KNOWN if amount is None else f"{amount:,.4f}" if amount < 1 else f"{amount:,.2f}"
 
 
-def _is_number(text: str) -> bool:
+def _kind(text: str) -> str:
     try:
         float(text)
     except ValueError:
-        return False
-    return True
+        return ""
+    return "number"

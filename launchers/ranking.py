@@ -91,6 +91,8 @@ def make_report(sweep: Sweep) -> None:
         write_page(read_report([sweep.directory]), page)
     except Exception as error:
         again = shlex.join(["llmkit", "report", str(sweep.directory)])
-        print(f"warning: there is no {page} ({error or type(error).__name__}); {again} makes it.", file=sys.stderr)
+        print(
+            f"warning: the report was not made ({error or type(error).__name__}); {again} tries again.", file=sys.stderr
+        )
     else:
         print(f"report: {page}")

@@ -27,6 +27,6 @@ for (const button of document.querySelectorAll("#legend button")) {
     show();
   });
 }
-window.addEventListener("beforeprint", () => fit(640)); // narrower than any paper
+window.addEventListener("beforeprint", () => fit(900)); // narrower than any paper that lies on its side
 window.addEventListener("afterprint", () => fit(null));
 Promise.all(drawn).then(() => document.documentElement.setAttribute("data-drawn", String(drawn.length)));

@@ -45,8 +45,9 @@ def directory_named(name: str, *, words: Iterable[str] = ()) -> Path:
     for candidate in (path, RUNS / name):
         if candidate.is_dir():
             return candidate
-    known = [one.name for one in RUNS.iterdir() if one.is_dir()] if RUNS.is_dir() else []
-    near = did_you_mean(name.removeprefix(f"{RUNS}/"), [*known, *words])
+    places = {folder for folder in (RUNS, path.parent) if folder.is_dir()}
+    known = sorted(one.name for folder in places for one in folder.iterdir() if one.is_dir())
+    near = did_you_mean(path.name, [*known, *words])
     raise ConfigError(f"{name}: there is no such run, sweep or directory (seen from {Path.cwd()}).{near}")
 
 

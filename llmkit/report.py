@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llmkit import rundir
 from llmkit.cli import guarded
-from llmkit.errors import EXIT_DONE, ConfigError, did_you_mean
+from llmkit.errors import EXIT_DONE, ConfigError
 from llmkit.launchers.overview import directory_named
 from llmkit.remote import is_remote
 from llmkit.reporting.collection import read_report
@@ -61,7 +61,7 @@ def _sorted(argv: list[str]) -> tuple[list[str], Path | None]:
                 problems.append("to=FILE.html: needs a file, once.")
             to = Path(value).expanduser()
         elif equals and "/" not in key and not Path(word).exists():
-            problems.append(f"{word}: llmkit report takes runs, sweeps and to=FILE.html.{did_you_mean(key, [OWN])}")
+            problems.append(f"{word}: llmkit report takes runs, sweeps and to=FILE.html.")
         else:
             names.append(word)
     if not names and not problems:

@@ -76,7 +76,8 @@ def objective_charts(report: Report) -> list[Chart]:
 def _against(report: Report, key: str, runs: Sequence[Run], chart_id: str) -> Chart:
     places, axis = _places([run.swept[key] for run in runs])
     assert report.objective is not None, "runs without a common figure have no objective"
-    points = [_point(run, report, places[run.swept[key]]) for run in runs]
+    on_top_last = sorted(runs, key=lambda run: run is report.winner)
+    points = [_point(run, report, places[run.swept[key]]) for run in on_top_last]
     objectives = [run.objective for run in runs if run.objective is not None]
     layout = _layout(key, report.objective, log_y=_spans_decades(objectives))
     layout["xaxis"] |= axis

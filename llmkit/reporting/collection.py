@@ -11,13 +11,16 @@ from llmkit import rundir
 from llmkit.config.files import NOT_COMPARED, flat_values, recorded_values
 from llmkit.config.schema import OPTIONAL_NODES, TrainConfig
 from llmkit.errors import ConfigError
+from llmkit.launchers.cluster import SCHEDULERS
+from llmkit.launchers.job_record import ENDED, JobRecord
 from llmkit.launchers.overview import Overview
 from llmkit.launchers.sweep import MAXIMIZED, swept_values
 from llmkit.reporting.runs import COMPLETED, Run, State, read_run
 
 MOST_COLUMNS = 6  # keys that runs which are no sweep may differ in and still be told apart by them
 PLACES = ("name", "run_dir", "derived", "checkpoint.remote", "tracking.group")  # each run has its own
-UNDER_WAY = ("waiting", "queued", "running")
+LOSABLE = ("running", "unknown")  # what a record may still say of a run whose process is gone
+LOST = "nothing runs it, and it left no result"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,12 +103,11 @@ def read_report(places: Sequence[Path]) -> Report:
 
 def differences(runs: Sequence[Run]) -> list[Difference]:
     """What differs between these runs' configs; of a single run what it sets, beside what it would be otherwise."""
-    configs = [run.config for run in runs if run.config]
-    if len(configs) == 1 and len(runs) == 1:
-        return _set_by_user(configs[0])
-    keys = sorted({key for config in configs for key in config} - set(PLACES))
+    if len(runs) == 1:
+        return _set_by_user(runs[0].config)
+    keys = sorted({key for run in runs for key in run.config} - set(PLACES))
     found = [Difference(key=key, values=[run.config.get(key) for run in runs]) for key in keys]
-    return [one for one in found if any(config.get(one.key) != configs[0].get(one.key) for config in configs)]
+    return [one for one in found if any(value != one.values[0] for value in one.values)]
 
 
 def _set_by_user(config: dict[str, Any]) -> list[Difference]:
@@ -159,22 +161,33 @@ def _objective(jobs: Sequence[_Job]) -> str | None:
 
 
 def _states(jobs: Sequence[_Job]) -> list[State]:
-    """How each stands. A scheduler is asked only of runs that are not known to have come to their end."""
-    done = {job.directory for job in jobs if (rundir.read_result(job.directory) or {}).get("status") == COMPLETED}
-    made = [job.directory for job in jobs if job.directory not in done and (job.directory / rundir.CONFIG).exists()]
-    views = dict(zip(made, Overview().look(made), strict=True))
+    """How each stands. Only of those that may have something to come is more asked than their result."""
+    ended = {job.directory: result for job in jobs if (result := _result_of_ended(job.directory)) is not None}
+    rest = [job.directory for job in jobs if job.directory not in ended and (job.directory / rundir.CONFIG).exists()]
+    views = dict(zip(rest, Overview().look(rest), strict=True))
     states = []
     for job in jobs:
-        if job.directory in done:
-            states.append(State(status=COMPLETED))
-        elif (view := views.get(job.directory)) is None or (view.state == "unknown" and job.status != "running"):
+        if (result := ended.get(job.directory)) is not None:
+            states.append(State(status=result["status"], reason=_first_line(result.get("error"))))
+        elif (view := views.get(job.directory)) is None or (view.state == "unknown" and job.status not in LOSABLE):
             states.append(State(status=job.status, reason=_first_line(job.error)))
         else:
-            states.append(State(status=view.state, reason=view.detail or _first_line(job.error), steps=view.steps))
+            reason = view.detail or _first_line(job.error) or (LOST if view.state == "unknown" else "")
+            states.append(State(status=view.state, reason=reason, steps=view.steps))
     return states
 
 
-def _first_line(text: str) -> str:
+def _result_of_ended(run_dir: Path) -> dict[str, Any] | None:
+    """The result of a run that is done, or that nobody is to go on with by himself."""
+    result = rundir.read_result(run_dir)
+    if result is None or result["status"] == COMPLETED:
+        return result
+    record = JobRecord.read(run_dir)
+    scheduled = record is not None and record.launcher in SCHEDULERS and record.state != ENDED
+    return None if scheduled or rundir.is_locked(run_dir) else result
+
+
+def _first_line(text: str | None) -> str:
     return text.splitlines()[0] if text else ""
 
 
@@ -186,7 +199,9 @@ def _tell_apart(runs: Sequence[Run], jobs: Sequence[_Job] | None) -> None:
             run.swept = swept
             assert run.directory == job.directory
         return
-    asked = [one for one in differences(runs) if len(runs) > 1 and not _is_left_aside(one.key, runs)]
+    if len(runs) == 1:
+        return
+    asked = [one for one in differences(runs) if not _is_left_aside(one.key, runs)]
     if 0 < len(asked) <= MOST_COLUMNS:
         words = [one.key.rpartition(".")[2] for one in asked]
         for number, run in enumerate(runs):

@@ -154,7 +154,8 @@ def _totals(runs: Sequence[Run], *, priced: bool) -> list[str]:
 
 def config_table(report: Report) -> Table:
     """Only what differs: between the runs, or, of a single run, from what holds where nothing is set."""
-    found, runs = differences(report.runs), report.runs
+    runs = [run for run in report.runs if run.config]
+    found = differences(runs) if len(runs) == len(report.runs) or len(runs) > 1 else []
     if len(runs) > MOST_SIDE_BY_SIDE and found:
         by_run = zip(runs, zip(*(one.values for one in found), strict=True), strict=True)
         rows = [[_run_cell(run, report), *map(_value_cell, values)] for run, values in by_run]

@@ -17,6 +17,7 @@ LOSSES = ("eval_loss", "train_loss")
 SHARES = tuple(name for names in FIGURES_OF_RECIPE.values() for name in names)
 CURVES = ("loss", "eval_loss", "learning_rate", "grad_norm")
 COMPLETED = "completed"
+NO_END = ("waiting", "queued", "running", "unknown")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,8 +103,8 @@ class Run:
 
     @property
     def is_blank(self) -> bool:
-        """Whether it has left nothing to look at, not even why it failed."""
-        return not self.curves and not self.figures and not self.state.reason
+        """Whether it has left nothing to look at, not even its end."""
+        return not self.curves and not self.figures and self.state.status in NO_END
 
 
 def read_run(directory: Path, *, name: str, state: State, objective: str | None) -> Run:

@@ -85,8 +85,8 @@ def read_report(places: Sequence[Path]) -> Report:
     objective = _objective(jobs)
     states = _states(jobs)
     runs = [
-        read_run(job.directory, name=_name(job, alone=len(sweeps) == 1), state=state, objective=objective)
-        for job, state in zip(jobs, states, strict=True)
+        read_run(job.directory, name=name, state=state, objective=objective)
+        for job, name, state in zip(jobs, _names(jobs), states, strict=True)
     ]
     if all(run.is_blank for run in runs):
         what = f"none of its {len(runs)} runs has" if len(runs) > 1 else "the run has not"
@@ -144,9 +144,13 @@ def _jobs(place: Path) -> list[_Job]:
     ]
 
 
-def _name(job: _Job, *, alone: bool) -> str:
-    name = job.directory.resolve().name
-    return f"{job.sweep.resolve().name}/{name}" if job.sweep is not None and not alone else name
+def _names(jobs: Sequence[_Job]) -> list[str]:
+    """The last part of each directory, as much more of it as the jobs of several sweeps need, or all."""
+    together = len({job.sweep for job in jobs}) == 1
+    paths = [job.directory.resolve() for job in jobs]
+    parts = [1 if job.sweep is None or together else 2 for job in jobs]
+    names = ["/".join(path.parts[-count:]) for path, count in zip(paths, parts, strict=True)]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
 def _objective(jobs: Sequence[_Job]) -> str | None:
@@ -202,7 +206,8 @@ def _tell_apart(runs: Sequence[Run], jobs: Sequence[_Job] | None) -> None:
     if len(runs) == 1:
         return
     asked = [one for one in differences(runs) if not _is_left_aside(one.key, runs)]
-    if 0 < len(asked) <= MOST_COLUMNS:
+    alike = len({str([one.values[number] for one in asked]) for number in range(len(runs))}) < len(runs)
+    if 0 < len(asked) <= MOST_COLUMNS and not alike:
         words = [one.key.rpartition(".")[2] for one in asked]
         for number, run in enumerate(runs):
             run.swept = {

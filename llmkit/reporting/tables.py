@@ -3,41 +3,34 @@
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from llmkit import rundir
 from llmkit.data.preview.tables import audit_tables
+from llmkit.reporting.cells import (
+    NOT_KNOWN,
+    Cell,
+    Table,
+    count,
+    duration,
+    from_to,
+    kind_of,
+    memory,
+    money,
+    number,
+    shown,
+    words,
+)
 from llmkit.reporting.charts import colour
 from llmkit.reporting.collection import Report, differences
 from llmkit.reporting.runs import LOSSES, SHARES, Answers, Cost, Figure, Run
 
-NOT_KNOWN = "-"
+ByPrompt = dict[tuple[str, str], str]  # prompt and expected answer -> the model's
 MOST_WINNERS = 3  # whose answers stand side by side
 MOST_SIDE_BY_SIDE = 4  # runs that have a column each; more have a row
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """One field: a text, and smaller lines below it."""
-
-    text: str
-    notes: list[str] = field(default_factory=list)
-    link: str = ""
-    colour: str = ""  # of the run that it names
-    kind: str = ""  # its class in style.css: number, run, state, or words, whose line breaks and spaces are kept
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
-    """Rows of cells below a heading; `strong` is the number of the row to be seen first."""
-
-    heading: list[str]
-    rows: list[list[Cell]]
-    caption: str = ""
-    strong: int | None = None
 
 
 def leaderboard(report: Report, page: Path) -> Table:
@@ -47,19 +40,19 @@ def leaderboard(report: Report, page: Path) -> Table:
     has_adapter = any(run.config.get("lora.r") for run in report.runs)
     rows = [
         [
-            _number(str(run.rank) if run.rank else ""),
+            number(str(run.rank) if run.rank else ""),
             Cell(text=run.name, link=_link(run, page), colour=colour(run, report.runs), kind="run"),
             _state(run),
-            *(Cell(text=run.swept.get(key, ""), kind=_kind(run.swept.get(key, ""))) for key in keys(report)),
+            *(Cell(text=run.swept.get(key, ""), kind=kind_of(run.swept.get(key, ""))) for key in report.swept_keys),
             *(_figure_cell(name, run.figures.get(name), run.base.get(name)) for name in names),
             *(_figure_cell(name, run.test.get(name)) for name in tested),
-            *([_number(scale(run))] if has_adapter else []),
-            _number(str(run.config.get("seed", ""))),
-            _number(_steps(run)),
+            *([number(scale(run))] if has_adapter else []),
+            number(str(run.config.get("seed", ""))),
+            number(_steps(run)),
         ]
         for run in report.runs
     ]
-    heading = ["#", "run", "status", *keys(report)]
+    heading = ["#", "run", "status", *report.swept_keys]
     heading += [_named(name, [run.figures for run in report.runs]) for name in names]
     heading += [_named(name, [run.test for run in report.runs], where=" on data.test") for name in tested]
     heading += [*(["alpha / r"] if has_adapter else []), "seed", "steps"]
@@ -71,13 +64,8 @@ def leaderboard(report: Report, page: Path) -> Table:
 def _named(name: str, figures: Sequence[Mapping[str, Figure]], *, where: str = "") -> str:
     """The heading of a figure's column: how many rows it is of, where all runs have the same."""
     rows = {known[name].rows for known in figures if name in known}
-    count = rows.pop() if len(rows) == 1 else None
-    return f"{name}{where}{f' ({count:,} rows)' if count else ''}"
-
-
-def keys(report: Report) -> list[str]:
-    """The columns of swept values; one that only repeats the run's name would say nothing."""
-    return report.swept_keys if len(report.runs) > 1 or report.sweep else []
+    same = rows.pop() if len(rows) == 1 else None
+    return f"{name}{where}{f' ({same:,} rows)' if same else ''}"
 
 
 def figure_names(report: Report) -> list[str]:
@@ -85,19 +73,6 @@ def figure_names(report: Report) -> list[str]:
     found = {name for run in report.runs for name in run.figures}
     ordered = [name for name in (*LOSSES, *SHARES) if name in found]
     return sorted(ordered, key=lambda name: name != report.objective)
-
-
-def in_words(name: str, figure: Figure) -> str:
-    """`97.2% (95%: 85.8% to 99.5%, 36 rows)`, or `0.0777` where no interval is known."""
-    if figure.low is None or figure.high is None:
-        return shown(name, figure.value)
-    rows = f", {figure.rows:,} rows" if figure.rows else ""
-    return f"{shown(name, figure.value)} (95%: {_from_to(name, figure.low, figure.high)}{rows})"
-
-
-def shown(name: str, value: float) -> str:
-    """A figure by itself: a share in percent, a loss with four digits behind the point."""
-    return f"{value:.1%}" if name in SHARES else f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
 def scale(run: Run) -> str:
@@ -117,18 +92,18 @@ def costs(report: Report) -> Table:
         "time": lambda cost: duration(cost.seconds),
         "device time": lambda cost: duration(cost.device_seconds),
         "device": lambda cost: cost.device or NOT_KNOWN,
-        "tokens": lambda cost: _count(cost.tokens),
-        "tokens/s": lambda cost: _count(cost.tokens_per_second),
-        "peak memory": lambda cost: _bytes(cost.peak_memory_bytes),
+        "tokens": lambda cost: count(cost.tokens),
+        "tokens/s": lambda cost: count(cost.tokens_per_second),
+        "peak memory": lambda cost: memory(cost.peak_memory_bytes),
     }
     if priced:
-        columns["money"] = lambda cost: _money(cost.money)
+        columns["money"] = lambda cost: money(cost.money)
     rows = []
     for run in report.runs:
         cells = [NOT_KNOWN] * len(columns) if run.cost is None else [show(run.cost) for show in columns.values()]
-        rows.append([_run_cell(run, report), *(_number(text) for text in cells)])
+        rows.append([_run_cell(run, report), *(number(text) for text in cells)])
     if len(report.runs) > 1:
-        rows.append([Cell(text="all"), *(_number(text) for text in _totals(report.runs, priced=priced))])
+        rows.append([Cell(text="all"), *(number(text) for text in _totals(report.runs, priced=priced))])
     strong = len(rows) - 1 if len(report.runs) > 1 else None
     return Table(heading=["run", *columns], rows=rows, strong=strong)
 
@@ -145,18 +120,18 @@ def _totals(runs: Sequence[Run], *, priced: bool) -> list[str]:
         duration(total(cost.seconds for cost in known)),
         duration(total(cost.device_seconds for cost in known)),
         "",
-        _count(total(cost.tokens for cost in known)),
+        count(total(cost.tokens for cost in known)),
         "",
-        f"{_bytes(max(peaks))} at most" if peaks else NOT_KNOWN,
+        f"{memory(max(peaks))} at most" if peaks else NOT_KNOWN,
     ]
-    return [*texts, _money(total(cost.money for cost in known))] if priced else texts
+    return [*texts, money(total(cost.money for cost in known))] if priced else texts
 
 
 def config_table(report: Report) -> Table:
     """Only what differs: between the runs, or, of a single run, from what holds where nothing is set."""
     runs = [run for run in report.runs if run.config]
     found = differences(runs) if len(runs) == len(report.runs) or len(runs) > 1 else []
-    if len(runs) > MOST_SIDE_BY_SIDE and found:
+    if found and len(runs) > max(MOST_SIDE_BY_SIDE, len(found)):
         by_run = zip(runs, zip(*(one.values for one in found), strict=True), strict=True)
         rows = [[_run_cell(run, report), *map(_value_cell, values)] for run, values in by_run]
         return Table(heading=["run", *(one.key for one in found)], rows=rows)
@@ -166,29 +141,31 @@ def config_table(report: Report) -> Table:
 
 def answers_table(report: Report) -> Table | None:
     """The base model's answers beside those of the best runs; None where nobody was asked."""
-    best = [run for run in (report.ranked or report.runs) if run.shown_answers is not None][:MOST_WINNERS]
+    asked = [(run, run.shown_answers) for run in report.ranked or report.runs if run.shown_answers is not None]
+    best = asked[:MOST_WINNERS]
     if not best:
         return None
-    columns = [_by_prompt(run.shown_answers) for run in best]
-    base_of = next((run for run in best if run.answers[0].step == 0), None)
-    base = _by_prompt(base_of.answers[0]) if base_of is not None else {}
-    prompts = list(dict.fromkeys(prompt for column in columns for prompt in column))
+    columns = _base_columns([run for run, _ in best])
+    columns += [(f"{run.label} (step {answers.step:,})", _by_prompt(answers)) for run, answers in best]
+    prompts = list(dict.fromkeys(prompt for _, column in columns for prompt in column))
     rows = [
-        [
-            _words(prompt[0]),
-            _words(prompt[1]),
-            *([_words(base.get(prompt, NOT_KNOWN))] if base else []),
-            *(_words(column.get(prompt, NOT_KNOWN)) for column in columns),
-        ]
-        for prompt in prompts
+        [*map(words, prompt), *(words(column.get(prompt, NOT_KNOWN)) for _, column in columns)] for prompt in prompts
     ]
-    heading = ["prompt", "expected", *(["base model"] if base else [])]
-    heading += [f"{run.label} (step {run.shown_answers.step:,})" for run in best if run.shown_answers is not None]
-    return Table(heading=heading, rows=rows)
+    return Table(heading=["prompt", "expected", *(heading for heading, _ in columns)], rows=rows)
 
 
-def _by_prompt(answers: Answers | None) -> dict[tuple[str, str], str]:
-    return {(one.prompt, one.expected): one.answer for one in answers.samples} if answers is not None else {}
+def _base_columns(runs: Sequence[Run]) -> list[tuple[str, ByPrompt]]:
+    """What was answered before training: one column, unless the runs started from models that answer differently."""
+    before = [(f"base of {run.label}", _by_prompt(run.answers[0])) for run in runs if run.answers[0].step == 0]
+    together: ByPrompt = {}
+    for _, answers in before:
+        together |= answers
+    agree = all(together[prompt] == answer for _, answers in before for prompt, answer in answers.items())
+    return [("base model", together)] if together and agree else before
+
+
+def _by_prompt(answers: Answers) -> ByPrompt:
+    return {(one.prompt, one.expected): one.answer for one in answers.samples}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,27 +204,13 @@ def _audit_tables(audit: dict[str, Any]) -> list[Table]:
     return tables
 
 
-def duration(seconds: float | None) -> str:
-    """`12.3 s`, and from two minutes on `1:02:03`."""
-    if seconds is None:
-        return NOT_KNOWN
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-
-
 def _figure_cell(name: str, figure: Figure | None, before: Figure | None = None) -> Cell:
     if figure is None:
-        return _number(NOT_KNOWN)
-    notes = [] if figure.low is None or figure.high is None else [_from_to(name, figure.low, figure.high)]
+        return number(NOT_KNOWN)
+    notes = [] if figure.low is None or figure.high is None else [from_to(name, figure.low, figure.high)]
     if before is not None:
         notes.append(f"before {shown(name, before.value)}")
     return Cell(text=shown(name, figure.value), notes=notes, kind="number")
-
-
-def _from_to(name: str, low: float, high: float) -> str:
-    return f"{shown(name, low)} to {shown(name, high)}"
 
 
 def _state(run: Run) -> Cell:
@@ -274,35 +237,5 @@ def _link(run: Run, page: Path) -> str:
     return f"{quote(os.path.relpath(run.directory.resolve(), page.parent.resolve()))}/"
 
 
-def _number(text: str) -> Cell:
-    return Cell(text=text, kind="number")
-
-
-def _words(text: str) -> Cell:
-    return Cell(text=text, kind="words")
-
-
 def _value_cell(value: Any) -> Cell:
-    return _words("unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value))
-
-
-def _count(number: float | None) -> str:
-    return NOT_KNOWN if number is None else f"{number:,.0f}"
-
-
-def _bytes(size: int | None) -> str:
-    if size is None:
-        return NOT_KNOWN
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
-
-
-def _money(amount: float | None) -> str:
-    return NOT_KNOWN if amount is None else f"{amount:,.4f}" if amount < 1 else f"{amount:,.2f}"
-
-
-def _kind(text: str) -> str:
-    try:
-        float(text)
-    except ValueError:
-        return ""
-    return "number"
+    return words("unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value))

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from llmkit import rundir
 from llmkit.launchers.sweep import MAXIMIZED
+from llmkit.reporting.cells import in_words
 from llmkit.reporting.collection import Report
 from llmkit.reporting.curves import MOST_POINTS
 from llmkit.reporting.runs import SHARES, Figure, Run
-from llmkit.reporting.tables import in_words
 
 STATUSES = ("completed", "running", "queued", "waiting", "failed", "preempted", "stopped", "unknown")
 MOST_VALUES = 12  # of a key that are named
@@ -27,7 +27,10 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
     for key in report.swept_keys:
         yield key, _values([run.swept[key] for run in report.runs if key in run.swept])
     counted = [f"{count} {status}" for status in STATUSES if (count := report.count(status))]
-    yield "runs", f"{len(report.runs)}: {', '.join(counted)}" if len(report.runs) > 1 else counted[0]
+    if len(report.runs) > 1:
+        yield "runs", f"{len(report.runs)}: {', '.join(counted)}"
+    else:
+        yield "status", " ".join(filter(None, [report.runs[0].state.status, report.runs[0].state.reason]))
     if report.objective and len(report.runs) > 1:
         better = "higher is better" if report.objective in MAXIMIZED else "lower is better"
         yield "ranked by", f"{report.objective} ({better})"
@@ -82,10 +85,8 @@ def _overlap(report: Report, winner: Run) -> Iterator[str]:
         return
     close = sum(_meet(own, other) for other in others if other is not None)
     if close:
-        yield (
-            f"The winner's 95% interval meets that of {close} of the {len(others)} others: it would take more rows "
-            "to tell them apart."
-        )
+        which = f"{close} of the {len(others)} others" if len(others) > 1 else "the other"
+        yield f"The winner's 95% interval meets that of {which}: it would take more rows to tell them apart."
 
 
 def _meet(one: Figure, other: Figure) -> bool:

@@ -133,6 +133,21 @@ def test_answers_of_the_base_stand_beside_those_of_the_best(ranks):
     assert [row[3] for row in texts(table)] == [sample.answer for sample in best.shown_answers.samples]
 
 
+def test_bases_that_answer_differently_have_a_column_each(make_run):
+    def samples(base: str) -> list[dict[str, Any]]:
+        return [{"step": step, "prompt": "p", "expected": "e", "answer": f"{base}{step}"} for step in (0, 2)]
+
+    places = [
+        make_run(name, config=lora_config(seed=seed), samples=samples(name), status="completed", objective=seed)
+        for seed, name in enumerate("ab")
+    ]
+    table = answers_table(read_report(places))
+
+    assert table is not None
+    assert table.heading[2:] == ["base of seed=0", "base of seed=1", "seed=0 (step 2)", "seed=1 (step 2)"]
+    assert texts(table) == [["p", "e", "a0", "b0", "a2", "b2"]]
+
+
 def test_an_audit_that_runs_share_is_shown_once_and_others_beside_it(ranks, make_run):
     report = read_report([ranks])
     assert [len(one.runs) for one in audits(report)] == [4]

@@ -270,6 +270,14 @@ def test_a_run_named_twice_is_shown_once(make_run, tmp_path):
     assert len(read_report([run_dir, tmp_path / "." / "run"]).runs) == 1
 
 
+def test_runs_with_the_same_name_or_the_same_config_keep_apart(make_run, tmp_path):
+    places = [make_run(f"{folder}/x", records=losses(1.0), config=lora_config(r)) for folder, r in (("a", 2), ("b", 4))]
+    assert [run.name for run in read_report(places).runs] == [str(place) for place in places]
+
+    again = make_run("again", records=losses(1.0), config=lora_config(2))
+    assert len({run.label for run in read_report([places[0], places[1], again]).runs}) == 3
+
+
 def test_models_that_are_unlike_in_many_ways_are_told_apart_by_their_names(make_run):
     model = ModelConfig(name="other", hub_id="a/b", revision="v2", gated=True, pad_token="eos", chat_template="plain")
     training = TrainingConfig(learning_rate=1e-3, weight_decay=0.1)

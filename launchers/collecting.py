@@ -8,9 +8,9 @@ from llmkit.launchers.sweep import Sweep
 
 
 def collect_sweep(directory: Path) -> int:
-    """Write sweep.json, the ranking and the plot from what the runs have left; returns the sweep's exit code.
+    """Write sweep.json, the ranking, the plot and the report from what the runs have left.
 
-    Raises ConfigError if its driver is at it.
+    Returns the sweep's exit code. Raises ConfigError if its driver is at it.
     """
     with rundir.lock(directory):
         sweep = Sweep.reopen(directory)

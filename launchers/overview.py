@@ -8,13 +8,14 @@ from typing import Any
 
 from llmkit import rundir
 from llmkit.config import TrainConfig, load
-from llmkit.errors import ConfigError, LlmkitError
+from llmkit.errors import ConfigError, LlmkitError, did_you_mean
 from llmkit.launchers.cluster import SCHEDULERS, Seen, connect, judged
 from llmkit.launchers.devices import devices_of
 from llmkit.launchers.job_record import ENDED, QUEUED, RUNNING, JobRecord
 from llmkit.training.metrics import read_metrics
 
 OPEN = (QUEUED, RUNNING)
+RUNS = Path("runs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,22 @@ class RunView:
     tokens_per_second: float | None = None
     seconds_left: float | None = None
     device: str = ""
+
+
+def directory_named(name: str, *, words: Iterable[str] = ()) -> Path:
+    """A directory as it is named, or below runs/. Raises ConfigError with the nearest name.
+
+    Args:
+        words: what else may have been meant.
+    """
+    path = Path(name).expanduser()
+    for candidate in (path, RUNS / name):
+        if candidate.is_dir():
+            return candidate
+    places = {folder for folder in (RUNS, path.parent) if folder.is_dir()}
+    known = sorted(one.name for folder in places for one in folder.iterdir() if one.is_dir())
+    near = did_you_mean(path.name, [*known, *words])
+    raise ConfigError(f"{name}: there is no such run, sweep or directory (seen from {Path.cwd()}).{near}")
 
 
 def runs_below(directories: Iterable[Path]) -> list[Path]:

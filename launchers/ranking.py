@@ -1,7 +1,9 @@
-"""What a sweep shows at its end: a ranked table on the terminal and a plot of the objective against the swept keys."""
+"""What a sweep shows at its end: a ranking on the terminal, a plot of the objective against the swept keys, a page."""
 
 import shlex
+import sys
 
+from llmkit import rundir
 from llmkit.launchers.sweep import Sweep, swept_values
 
 
@@ -77,3 +79,20 @@ def plot(sweep: Sweep) -> None:
     figure.savefig(sweep.directory / "sweep.png", dpi=120)
     plt.close(figure)
     print(f"plot: {sweep.directory / 'sweep.png'}")
+
+
+def make_report(sweep: Sweep) -> None:
+    """`report.html`, the page of `llmkit report`. What goes wrong with it takes nothing from the sweep."""
+    from llmkit.reporting.collection import read_report
+    from llmkit.reporting.page import write_page
+
+    page = sweep.directory / rundir.REPORT
+    try:
+        write_page(read_report([sweep.directory]), page)
+    except Exception as error:
+        again = shlex.join(["llmkit", "report", str(sweep.directory)])
+        print(
+            f"warning: the report was not made ({error or type(error).__name__}); {again} tries again.", file=sys.stderr
+        )
+    else:
+        print(f"report: {page}")

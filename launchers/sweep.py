@@ -183,12 +183,13 @@ class Sweep:
         return sorted(done, key=lambda job: job.objective or 0.0, reverse=self.objective in MAXIMIZED)
 
     def finish(self) -> None:
-        """Write sweep.json for the last time, print the ranking and draw the plot."""
-        from llmkit.launchers.ranking import plot, print_ranking
+        """Write sweep.json for the last time, print the ranking, draw the plot and make the report."""
+        from llmkit.launchers.ranking import make_report, plot, print_ranking
 
         self.write()
         print_ranking(self)
         plot(self)
+        make_report(self)
 
     def exit_code(self) -> int:
         """0 if all jobs are completed or go on without us; 75 if some were stopped; 1 if any failed."""

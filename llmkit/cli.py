@@ -22,6 +22,7 @@ VERBS = {
     "fetch": "bring a model or data to a directory or a bucket, verified",
     "export": "merge a model, copy its run, or publish it",
     "jobs": "look at runs, follow, cancel and collect them, wherever they run",
+    "report": "make a page of runs and sweeps: figures, curves, answers, cost",
     "doctor": "show what this machine has and what is missing",
 }
 

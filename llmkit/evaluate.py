@@ -19,7 +19,7 @@ from llmkit.words import YES_OR_NO, Words, composed, sort_words
 if TYPE_CHECKING:
     from llmkit.serving.answers import Answering
     from llmkit.serving.endpoint import Endpoint
-    from llmkit.training.final_test import Estimate
+    from llmkit.training.estimate import Estimate
     from llmkit.training.generation import Answer
 
 HELP = """\

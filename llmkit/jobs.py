@@ -14,11 +14,11 @@ from pathlib import Path
 from llmkit import rundir
 from llmkit.cli import guarded
 from llmkit.config import load
-from llmkit.errors import EXIT_DONE, ConfigError, LlmkitError, did_you_mean
+from llmkit.errors import EXIT_DONE, ConfigError, LlmkitError
 from llmkit.launchers.cluster import GONE, SCHEDULERS, connect, handed_over, if_gone, show_log
 from llmkit.launchers.collecting import collect_sweep
 from llmkit.launchers.job_record import CANCELLED, ENDED, GIVEN_UP, QUEUED, JobRecord
-from llmkit.launchers.overview import OPEN, Overview, runs_below
+from llmkit.launchers.overview import OPEN, RUNS, Overview, directory_named, runs_below
 
 HELP = """\
 llmkit jobs [list] [DIR ...]      every run below DIR (runs/, unless you say otherwise): state, step, loss, speed
@@ -26,7 +26,7 @@ llmkit jobs watch [DIR ...]       the same, live, until none is queued or runnin
 llmkit jobs logs RUN [-f]         what a run has said; -f: follow it to its end
 llmkit jobs cancel RUN|SWEEP      stop it: what runs saves its step first, and the same command goes on later
 llmkit jobs cancel RUN|SWEEP gone=true   give it up where its Slurm or Ray is gone for good and cannot be asked
-llmkit jobs collect SWEEP         write sweep.json, the ranking and the plot from what the runs have left
+llmkit jobs collect SWEEP         write sweep.json, the ranking, the plot and the report from what the runs left
 
 For every launcher, from any shell: all that is known of a run is in its directory and with its scheduler.
 RUN and SWEEP are directories, or their names below runs/.
@@ -36,7 +36,6 @@ Examples:
   llmkit jobs logs runs/alpha/r=4 -f
   llmkit jobs cancel alpha"""
 
-RUNS = Path("runs")
 FOLLOW = ("-f", "--follow")
 SECONDS = 2.0  # between two looks of `watch`; a scheduler is asked at each
 
@@ -177,14 +176,7 @@ def _runs(names: list[str]) -> list[Path]:
 
 
 def _directory(name: str) -> Path:
-    """A directory as it is named, or below runs/. Raises ConfigError with the nearest name."""
-    path = Path(name).expanduser()
-    for candidate in (path, RUNS / name):
-        if candidate.is_dir():
-            return candidate
-    known = [one.name for one in RUNS.iterdir() if one.is_dir()] if RUNS.is_dir() else []
-    near = did_you_mean(name, [*known, *ACTIONS])
-    raise ConfigError(f"{name}: there is no such run, sweep or directory (seen from {Path.cwd()}).{near}")
+    return directory_named(name, words=ACTIONS)
 
 
 ACTIONS: dict[str, Callable[[list[str]], int]] = {

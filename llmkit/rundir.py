@@ -25,6 +25,7 @@ PROBE = "probe.json"  # what a server of the model must reproduce
 BEST_WEIGHTS = ".best.safetensors"  # while the run goes on with training.final=best
 NON_FINITE_BATCH = "nonfinite_batch.json"
 SWEEP = "sweep.json"
+REPORT = "report.html"  # of a run or a sweep: see reporting/
 JOB = "job.json"  # who runs it: see launchers/job_record.py
 FILES = "files.json"  # of a copy elsewhere: what it holds, written last
 LOCK = ".lock"

@@ -67,7 +67,7 @@ LAYERS = (
                 "torch",
             ),
             *("transformers", "trl", "wandb", "matplotlib", "numpy", "openai", "packaging", "platformdirs", "psutil"),
-            *("rich", "protobuf", "sentencepiece", "tiktoken", "setuptools"),
+            *("jinja2", "plotly", "rich", "protobuf", "sentencepiece", "tiktoken", "setuptools"),
         ),
         below=("torch",),
     ),

@@ -18,10 +18,10 @@ PACKAGE = Path(llmkit.__file__).parent
 FLOORS = [
     [
         *("llmkit", "llmkit.__main__", "llmkit.train", "llmkit.resume", "llmkit.preview", "llmkit.fetch"),
-        *("llmkit.export", "llmkit.doctor", "llmkit.jobs", "llmkit.words", "llmkit.serve"),
+        *("llmkit.export", "llmkit.doctor", "llmkit.jobs", "llmkit.report", "llmkit.words", "llmkit.serve"),
         *("llmkit.chat", "llmkit.evaluate", "llmkit.answering"),
     ],
-    ["llmkit.launchers", "llmkit.worker", "llmkit.node", "llmkit.failure"],
+    ["llmkit.launchers", "llmkit.reporting", "llmkit.worker", "llmkit.node", "llmkit.failure"],
     ["llmkit.recipes"],
     ["llmkit.training", "llmkit.serving"],
     ["llmkit.data", "llmkit.model"],

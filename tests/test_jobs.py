@@ -94,6 +94,7 @@ def test_a_sweep_of_this_machine_is_cancelled_as_a_whole_and_collected(run_llmki
     assert collected.returncode == 75
     jobs = json.loads((tmp_path / "runs/s/sweep.json").read_text())["jobs"]
     assert [job["status"] for job in jobs] == ["preempted", "waiting"]
+    assert "1 waiting, 1 preempted" in (tmp_path / "runs/s/report.html").read_text()
 
 
 def test_a_sweep_on_slurm_is_collected_and_ranked_by_another_process(slurm: SlurmCluster, run_llmkit, tmp_path):

@@ -19,7 +19,7 @@ from llmkit.errors import ConfigError, LlmkitError
 from llmkit.install_command import install_command
 from llmkit.serving.endpoint import KEYS, RETRIES, Endpoint
 from llmkit.serving.target import Target
-from llmkit.training.final_test import Estimate, Z, share
+from llmkit.training.estimate import Estimate, Z, share
 
 BACKENDS = {True: ("local-chat-completions", "chat/completions"), False: ("local-completions", "completions")}
 SHARES = ("acc", "acc_norm", "exact_match")  # metrics that are means of zeros and ones

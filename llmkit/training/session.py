@@ -21,9 +21,10 @@ from llmkit.training.checkpoints.manifest import latest, rotate, step_of
 from llmkit.training.console import RunConsole
 from llmkit.training.delivery import base_model, model_card, save_final
 from llmkit.training.engine import engine_in_use, is_sharded, whole_weights
+from llmkit.training.estimate import in_words
 from llmkit.training.facts import device_name
 from llmkit.training.figures import Figure, questions
-from llmkit.training.final_test import in_words, measure_test
+from llmkit.training.final_test import measure_test
 from llmkit.training.generation import AnswerGenerator
 from llmkit.training.memory import peak_memory
 from llmkit.training.metrics import MetricsFile, draw_losses, last_tokens, mean_loss

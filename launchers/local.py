@@ -18,17 +18,19 @@ from llmkit.config.launcher_schema import LocalLauncherConfig, PackedLauncherCon
 from llmkit.config.resolve import in_group
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_WRONG_INPUT, ConfigError
 from llmkit.hangup import keep_output
-from llmkit.launchers.job_record import RUNNING, JobRecord, now
+from llmkit.launchers.job_record import ENDED, RUNNING, JobRecord, now
 from llmkit.launchers.packed import packs
 from llmkit.launchers.prepare import is_finished, prepare
 from llmkit.launchers.sweep import Job, Sweep
 from llmkit.training.checkpoints.manifest import latest
 from llmkit.training.stopping import ECHO, SIGNALS
 
+MOST_PER_CORE = 4  # processes of one run without a GPU; enough to try a larger group on a small machine
+
 
 def run_here(config: TrainConfig, run_dir: Path) -> int:
     """Run one config to its end on this terminal; returns the worker's exit code."""
-    if config.hardware.node_rank:
+    if config.hardware.node_rank and config.hardware.num_nodes > 1:
         return _take_part(config, run_dir)
     if is_finished(config, run_dir):
         return EXIT_DONE
@@ -42,6 +44,7 @@ def run_here(config: TrainConfig, run_dir: Path) -> int:
         _record(run_dir, worker)
         workers.add(worker)
         code = _exit_code(worker.wait(), run_dir, stopped=workers.stopped)
+        _record_end(run_dir, code)
     if code == EXIT_WRONG_INPUT:
         rundir.discard_unused(run_dir)
     return code
@@ -81,6 +84,7 @@ def _devices(config: TrainConfig, gpus: Sequence[str]) -> dict[str, str]:
     """
     wanted = config.hardware.num_processes
     if not gpus:
+        _check_cores(wanted)
         return {}
     if wanted > len(gpus):
         raise ConfigError(
@@ -88,6 +92,23 @@ def _devices(config: TrainConfig, gpus: Sequence[str]) -> dict[str, str]:
             f"one for each process; use at most {len(gpus)}, more machines (hardware.num_nodes=), or hardware=cpu."
         )
     return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[:wanted])}
+
+
+def _check_cores(processes: int) -> None:
+    """Raise ConfigError for far more processes than cores, which would take the machine's memory and get nowhere."""
+    cores = len(os.sched_getaffinity(0))
+    if processes > MOST_PER_CORE * cores:
+        raise ConfigError(
+            f"hardware.num_processes={processes}: this machine has no GPU, and {cores} CPU "
+            f"core{'s' if cores > 1 else ''}; more than {MOST_PER_CORE * cores} processes would only wait for one "
+            f"another. Use at most {cores} to gain from it."
+        )
+    if processes > cores:
+        print(
+            f"warning: hardware.num_processes={processes} on {cores} CPU core{'s' if cores > 1 else ''}: "
+            "they take turns, which is slower than one process.",
+            file=sys.stderr,
+        )
 
 
 def start_worker(
@@ -106,7 +127,7 @@ def start_worker(
     words = [str(run_dir)]
     if hardware.rendezvous and hardware.num_nodes > 1:
         words += ["--node-rank", str(hardware.node_rank), "--rendezvous", hardware.rendezvous]
-    if hardware.node_rank:
+    if hardware.node_rank and hardware.num_nodes > 1:
         words += ["--config", str(run_dir / rundir.RANKS / f"node-{hardware.node_rank}")]
     module = "llmkit.node" if in_group(config) else "llmkit.worker"
     return _start_process(module, words, [lock] if lock else [], env, output)
@@ -214,7 +235,35 @@ class _Running:
     jobs: list[Job]
     process: subprocess.Popen
     open_files: contextlib.ExitStack  # the locks of the run directories, and where the output goes
-    devices: list[str | None]
+    gpus: list[str]
+
+
+class _Gpus:
+    """The GPUs of this machine, and how many jobs of a sweep each one has.
+
+    Only jobs of one process share one, where more of them are to run at a time than there are GPUs.
+    """
+
+    def __init__(self, names: Sequence[str], parallel: int):
+        self._jobs = dict.fromkeys(names, 0)
+        self._most = -(-parallel // len(names)) if names else 1
+
+    def has_room(self, wanted: int) -> bool:
+        """Whether a job that wants so many GPUs may start now; one that wants more than there are, to be told so."""
+        free = sum(jobs < (self._most if wanted == 1 else 1) for jobs in self._jobs.values())
+        return not self._jobs or free >= min(wanted, len(self._jobs))
+
+    def take(self, wanted: int) -> list[str]:
+        """The GPUs of a job that starts, those with the fewest jobs; all of them if it wants more than there are."""
+        taken = sorted(self._jobs, key=lambda name: self._jobs[name])[:wanted]
+        for name in taken:
+            self._jobs[name] += 1
+        return taken
+
+    def give_back(self, names: Sequence[str]) -> None:
+        """The job has ended."""
+        for name in names:
+            self._jobs[name] -= 1
 
 
 def run_all(sweep: Sweep) -> None:
@@ -223,38 +272,33 @@ def run_all(sweep: Sweep) -> None:
     if not left:
         return
     first = left[0].config
-    devices: list[str | None] = list(_visible_gpus()) if first.hardware.device != "cpu" else []
-    slots = devices or [None]
+    names = _visible_gpus() if first.hardware.device != "cpu" else []
+    parallel = len(names) or 1
     if isinstance(first.launcher, PackedLauncherConfig):
-        waiting = packs(left, devices=len(slots))
+        waiting = packs(left, devices=parallel)
     else:
-        waiting = [[job] for job in left]
-        if first.launcher.max_parallel:
-            slots = [slots[i % len(slots)] for i in range(first.launcher.max_parallel)]
-    total = len(slots)
-    threads = max(len(os.sched_getaffinity(0)) // len(slots), 1) if not devices else None
+        waiting, parallel = [[job] for job in left], first.launcher.max_parallel or parallel
+    gpus = _Gpus(names, parallel)
     running: list[_Running] = []
     with _forwarded_signals(sweep.directory / rundir.CONSOLE) as workers:
         while running or (waiting and not workers.stopped):
-            while waiting and slots and not workers.stopped:
-                wanted = min(waiting[0][0].config.hardware.num_processes, total) if devices else 1
-                if wanted > len(slots):
+            while waiting and len(running) < parallel and not workers.stopped:
+                wanted = waiting[0][0].config.hardware.num_processes
+                if not gpus.has_room(wanted):
                     break
-                run = _start(waiting.pop(0), slots[:wanted], threads, sweep)
-                if run is None:
-                    continue
-                running.append(run)
-                del slots[:wanted]
-                workers.add(run.process)
+                if run := _start(sweep, waiting.pop(0), gpus.take(wanted), parallel):
+                    running.append(run)
+                    workers.add(run.process)
             for run in running:
                 _collect_ended(run, sweep)
             for run in [run for run in running if run.process.poll() is not None]:
                 running.remove(run)
                 workers.remove(run.process)
-                slots += run.devices
+                gpus.give_back(run.gpus)
                 run.open_files.close()
                 for job in run.jobs:
-                    _exit_code(run.process.returncode, job.run_dir, stopped=workers.stopped)
+                    code = _exit_code(run.process.returncode, job.run_dir, stopped=workers.stopped)
+                    _record_end(job.run_dir, code)
                     sweep.collect(job)
             time.sleep(0.05)
 
@@ -264,41 +308,53 @@ def _collect_ended(run: _Running, sweep: Sweep) -> None:
     for job in list(run.jobs) if len(run.jobs) > 1 else []:
         if rundir.read_result(job.run_dir) is not None:
             run.jobs.remove(job)
+            _record_end(job.run_dir, EXIT_DONE)
             sweep.collect(job)
 
 
-def _start(jobs: list[Job], devices: list[str | None], threads: int | None, sweep: Sweep) -> _Running | None:
+def _start(sweep: Sweep, jobs: list[Job], gpus: list[str], parallel: int) -> _Running | None:
     """Start the jobs in one process; one whose directory cannot be made ready fails. None if all have."""
     open_files = contextlib.ExitStack()
     locks: dict[Path, IO[str]] = {}
+    env: dict[str, str] = {}
     for job in list(jobs):
         try:
-            env = _devices(job.config, [device for device in devices if device is not None])
+            env = _devices(job.config, gpus)
             locks[job.run_dir] = open_files.enter_context(prepare(job.config, job.run_dir))
         except ConfigError as error:
             jobs.remove(job)
             sweep.fail(job, str(error))
     if not jobs:
         return None
-    if threads and "OMP_NUM_THREADS" not in os.environ:
-        # Two jobs with a thread per core each wait for one another at every operation: seen 100 times slower.
-        env["OMP_NUM_THREADS"] = str(threads)
-    log = jobs[0].run_dir / rundir.CONSOLE if len(jobs) == 1 else sweep.directory / rundir.CONSOLE
-    output = open_files.enter_context(log.open("a", encoding="utf-8"))
+    first = jobs[0]
+    if not gpus and "OMP_NUM_THREADS" not in os.environ:
+        # Two processes with a thread per core each wait for one another at every operation: seen 100 times slower.
+        together = parallel * first.config.hardware.num_processes
+        env["OMP_NUM_THREADS"] = str(max(len(os.sched_getaffinity(0)) // together, 1))
+    place = first.run_dir if len(jobs) == 1 else sweep.directory
+    output = open_files.enter_context((place / rundir.CONSOLE).open("a", encoding="utf-8"))
     if len(jobs) == 1:
-        worker = start_worker(jobs[0].config, jobs[0].run_dir, lock=locks[jobs[0].run_dir], env=env, output=output)
+        worker = start_worker(first.config, first.run_dir, lock=locks[first.run_dir], env=env, output=output)
     else:
         worker = _start_process("llmkit.pack_worker", [*map(str, locks)], list(locks.values()), env, output)
     for job in jobs:
         _record(job.run_dir, worker)
         sweep.record(job, status="running")
-    return _Running(jobs, worker, open_files, devices)
+    return _Running(jobs, worker, open_files, gpus)
 
 
 def _record(run_dir: Path, worker: subprocess.Popen) -> None:
     """Write down who runs it, for `llmkit jobs`; whether it still does, the directory's lock tells."""
     job_id, host = str(worker.pid), rundir.host()
     record = JobRecord(launcher="local", job_id=job_id, state=RUNNING, submitted=now(), host=host, process=worker.pid)
+    record.write(run_dir)
+
+
+def _record_end(run_dir: Path, code: int) -> None:
+    """Write down that it has ended."""
+    record = JobRecord.read(run_dir)
+    assert record is not None, "written when it started"
+    record.state, record.exit_code = ENDED, code
     record.write(run_dir)
 
 

@@ -91,7 +91,8 @@ def _refuse_strange(run_dir: Path) -> None:
         raise ConfigError(f"run_dir={run_dir}: is a file; choose a directory.")
     if (run_dir / rundir.SWEEP).exists():
         raise ConfigError(f"{run_dir} holds a sweep; choose another name= for a single run.")
-    if not (run_dir / rundir.CONFIG).exists() and any(path.name != rundir.LOCK for path in run_dir.iterdir()):
+    ours = (rundir.LOCK, rundir.RANKS)  # another machine of the run may have been started first
+    if not (run_dir / rundir.CONFIG).exists() and any(path.name not in ours for path in run_dir.iterdir()):
         raise ConfigError(f"{run_dir} exists and is not a run directory; choose another name= or run_dir=.")
 
 

@@ -98,7 +98,7 @@ def _logs(words: list[str]) -> int:
         shown = show_log(run_dir, offset=shown)
     if not shown:
         record = JobRecord.read(run_dir)
-        if record is None:
+        if record is None or record.launcher not in SCHEDULERS:
             raise ConfigError(f"{run_dir}: its log went to the terminal that it was started from; no file has it.")
         own = f"; the scheduler's own log is {record.log}" if record.log else ""
         print(f"{run_dir} has said nothing yet ({record.state}){own}.", file=sys.stderr)

@@ -24,7 +24,7 @@ from llmkit import failure, rundir, worker
 from llmkit.cli import print_error
 from llmkit.config import TrainConfig, load
 from llmkit.config.resolve import in_group
-from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, LlmkitError
+from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError, LlmkitError, Stopped
 from llmkit.failure import Failure
 from llmkit.hangup import keep_output
 from llmkit.processes import stop_with_driver
@@ -33,6 +33,7 @@ from llmkit.training.stopping import ECHO, SIGNALS
 
 # What torchrun would react to, if it were left to: it kills ranks that still save after half a minute. We hand on ours.
 LEFT_TO_TORCHRUN = "SIGQUIT"
+AT_ONCE = 5.0  # seconds within which ranks notice that another has crashed; torchrun tells the time in whole seconds
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,22 +75,31 @@ class _Group:
         # Without another machine any free port will do.
         self.rendezvous = rendezvous or "localhost:0"
         self.asked: float | None = None  # when a signal first asked for a stop
+        self._ranks_have_ended = False
 
     def run(self) -> int:
         """Start the ranks and wait for them."""
         keep_output(self.run_dir / rundir.CONSOLE)
+        self._watch_signals()
         (self.run_dir / rundir.RANKS).mkdir(exist_ok=True, parents=True)
-        import psutil  # noqa: F401 - not in a signal's handler, where another signal would find it half imported
-
-        for number in SIGNALS:
-            signal.signal(number, self._hand_on)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        failed = self._launch()
+        try:
+            failed = self._launch()
+        except LlmkitError as error:
+            return self._end_in(Failure.of(error, self.config))
+        self._ranks_have_ended = True
         if not failed:
-            return EXIT_DONE
+            # Another machine's ranks leave the result, and its code, to the first.
+            return EXIT_PREEMPTED if self.node_rank and self.asked is not None else EXIT_DONE
         if all(process.exitcode == EXIT_PREEMPTED for process in failed):
-            return EXIT_PREEMPTED
+            return self._stopped()
         return self._explain(failed)
+
+    def _stopped(self) -> int:
+        """The first rank has written the result, unless it was stopped before there was one: then it has said why."""
+        why = None if self.node_rank else failure.first_left(self.run_dir, [0])
+        if why is None or rundir.read_result(self.run_dir) is not None:
+            return EXIT_PREEMPTED
+        return self._end_in(why)
 
     def _launch(self) -> list[Any]:
         """torchrun's records of the ranks that failed first; none if all ended as they should."""
@@ -98,9 +108,13 @@ class _Group:
         # Its own reports of what failed: a page for each rank, and the reason is not in it.
         logging.disable(logging.ERROR)
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.elastic.rendezvous import RendezvousError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+        _check_gpus(self.config, environment["LLMKIT_RANKS"])
         several = self.config.hardware.num_nodes > 1
+        if several:
+            print(f"{'machines':<10} waiting for all {self.config.hardware.num_nodes} at {self.rendezvous}", flush=True)
         launch = LaunchConfig(
             min_nodes=self.config.hardware.num_nodes,
             max_nodes=self.config.hardware.num_nodes,
@@ -116,6 +130,12 @@ class _Group:
             elastic_launch(launch, sys.executable)("-m", "llmkit.worker", str(self.run_dir))
         except ChildFailedError as error:
             return list(error.failures.values())
+        except (RendezvousError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise LlmkitError(
+                f"hardware.rendezvous={self.rendezvous}: the machines did not find one another there ({reason}). It is "
+                "a free port of the first machine, by a name that all of them know it by."
+            ) from error
         return []
 
     def _environment(self) -> dict[str, str]:
@@ -129,7 +149,24 @@ class _Group:
             environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")  # whatever the host's name
         return environment
 
-    def _hand_on(self, number: int, _frame: Any) -> None:
+    def _watch_signals(self) -> None:
+        """Hand signals on from a thread of its own: this one may wait for other machines inside torch, and not hear."""
+        hear, tell = os.pipe()
+        os.set_blocking(tell, False)
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.set_wakeup_fd(tell)
+
+        def watch() -> None:
+            while True:
+                for number in os.read(hear, 16):
+                    if number in SIGNALS:
+                        self._hand_on(number)
+
+        threading.Thread(target=watch, daemon=True).start()
+
+    def _hand_on(self, number: int) -> None:
         """Ask all ranks to stop; asked once more, end them at once."""
         if self.asked is not None and number != signal.SIGINT and time.monotonic() - self.asked < ECHO:
             return
@@ -137,7 +174,22 @@ class _Group:
         if again:
             _send(signal.SIGKILL, _children())
         else:
-            threading.Thread(target=_send_to_all, args=(number,), daemon=True).start()
+            threading.Thread(target=self._stop_ranks, args=(number,), daemon=True).start()
+
+    def _stop_ranks(self, number: int) -> None:
+        """Send a signal to every rank once, to those that are only being started too; without any, end this process."""
+        told: set[int] = set()
+        while True:
+            new = set(_children()) - told
+            _send(number, new)
+            told |= new
+            time.sleep(0.2)
+            assert self.asked is not None
+            if not told and not self._ranks_have_ended and time.monotonic() - self.asked > ECHO:
+                reason = f"stopped by {signal.Signals(number).name} before its processes had started."
+                code = self._end_in(Failure.of(Stopped(reason), self.config))
+                sys.stdout.flush()
+                os._exit(code)  # the main thread may wait inside torch, where nothing wakes it
 
     def _explain(self, failed: list[Any]) -> int:
         """Say why, and leave a result that says it too; returns the exit code."""
@@ -150,13 +202,19 @@ class _Group:
         first = [process for process in failed if process.timestamp == min(one.timestamp for one in failed)]
         killed = [process for process in first if process.exitcode < 0]
         crashed = [process for process in killed if process.exitcode != -signal.SIGTERM]
-        if crashed or (killed and why is None):
+        # A crash long after another rank has failed is only of one that could not go on without it.
+        led = crashed and (why is None or crashed[0].timestamp < why.time + AT_ONCE)
+        if led or (killed and why is None):
             self._end_like((crashed or killed)[0])
         why = why or Failure(
             problems=[f"a rank ended with exit code {first[0].exitcode}; see {self.run_dir / rundir.RANKS}"],
             status="failed",
             exit_code=EXIT_FAILED,
         )
+        return self._end_in(why)
+
+    def _end_in(self, why: Failure) -> int:
+        """Tell why, and on the first machine leave a result that says it too; returns the exit code."""
         if self.node_rank:
             why.tell()
             return why.exit_code
@@ -183,14 +241,17 @@ def _device(config: TrainConfig) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _send_to_all(number: int) -> None:
-    """Send a signal to every rank once, to those that are only being started too."""
-    told: set[int] = set()
-    while True:
-        new = set(_children()) - told
-        _send(number, new)
-        told |= new
-        time.sleep(0.2)
+def _check_gpus(config: TrainConfig, device: str) -> None:
+    """Raise ConfigError if this machine has fewer GPUs than the run is to have processes on it."""
+    import torch
+
+    wanted, there = config.hardware.num_processes, torch.cuda.device_count() if device == "cuda" else 0
+    if device == "cuda" and there < wanted:
+        instead = f"hardware.num_processes={there}" if there else "hardware=cpu"
+        raise ConfigError(
+            f"hardware.num_processes={wanted}: {rundir.host()} has {there} GPU{'s' if there != 1 else ''} for them, "
+            f"and each takes one; use {instead}, or more machines (hardware.num_nodes=)."
+        )
 
 
 def _send(number: int, processes: Iterable[int]) -> None:

@@ -76,7 +76,7 @@ def _run_rank(run_dir: Path) -> int:
     die_with_parent(os.getppid(), signal.SIGKILL)
     failure.forget(run_dir, number)
     if number:
-        log = os.open(run_dir / rundir.RANKS / f"rank-{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        log = os.open(run_dir / rundir.RANKS / f"rank-{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
     else:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ports import free_port
 
 from llmkit import rundir
 from llmkit.training.checkpoints import manifest
@@ -106,8 +107,77 @@ def test_a_signal_that_comes_before_the_processes_do_stops_them_too(start, tmp_p
     said, _ = driver.communicate(timeout=120)
 
     assert driver.returncode == 75, said
-    assert rundir.read_result(run)["status"] in ("stopped", "preempted")
+    result = rundir.read_result(run)
+    assert result["status"] in ("stopped", "preempted")
+    if result["status"] == "stopped":  # by this machine's process, or by the driver for one that had just begun
+        assert "stopped by SIGTERM" in result["error"] or "ended at once" in result["error"]
     assert "Traceback" not in said
+
+
+def test_a_stop_while_the_data_is_prepared_says_so_and_leaves_a_result(start, tmp_path):
+    text = "\n".join('{"prompt": "' + "word " * 30 + str(n) + '", "completion": "yes"}' for n in range(200_000))
+    (tmp_path / "many.jsonl").write_text(text)
+    driver, run = start(*TWO, *LONG, "data.path=many.jsonl", "data.validation=null"), tmp_path / "runs/alpha"
+    wait_for(lambda: len(ranks_of(driver)) == 2 and (run / rundir.RANKS / "rank-1.log").exists())
+    time.sleep(3)  # they read by now
+
+    driver.send_signal(signal.SIGTERM)
+    said, _ = driver.communicate(timeout=120)
+
+    assert driver.returncode == 75, said
+    result = rundir.read_result(run)
+    assert result["status"] == "stopped"
+    assert "stopped by SIGTERM" in result["error"]
+    assert said.count("stopped by SIGTERM") == 1
+
+
+def test_a_machine_that_waits_for_another_ends_when_it_is_told_to(start, tmp_path):
+    machines = ["hardware.num_nodes=2", f"hardware.rendezvous=127.0.0.1:{free_port()}"]
+    driver = start("hardware=cpu", "evaluation=off", *LONG, *machines, "hardware.node_rank=0")
+    wait_for(lambda: (tmp_path / "runs/alpha" / rundir.RANKS).exists())
+    time.sleep(5)
+
+    driver.send_signal(signal.SIGINT)
+    said, _ = driver.communicate(timeout=60)
+
+    assert driver.returncode == 75, said
+    assert "waiting for all 2 at 127.0.0.1" in said
+    assert "stopped by SIGINT before its processes had started" in said
+    assert rundir.read_result(tmp_path / "runs/alpha")["status"] == "stopped"
+
+
+def test_a_taken_port_is_named(start, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = f"127.0.0.1:{taken.getsockname()[1]}"
+        driver = start(
+            "hardware=cpu", *LONG, "hardware.num_nodes=2", f"hardware.rendezvous={place}", "hardware.node_rank=0"
+        )
+        said, _ = driver.communicate(timeout=120)
+
+    assert driver.returncode == 1
+    assert f"error: hardware.rendezvous={place}: the machines did not find one another there" in said
+    assert "Traceback" not in said
+
+
+def test_the_second_machine_may_be_started_first(start, tmp_path):
+    machines = ["hardware.num_nodes=2", f"hardware.rendezvous=127.0.0.1:{free_port()}"]
+    words = ["hardware=cpu", "evaluation=off", "name=alpha", "training.max_steps=2", *machines]
+    second = start(*words, "hardware.node_rank=1")
+    wait_for(lambda: (tmp_path / "runs/alpha" / rundir.RANKS / "node-1").exists())
+    time.sleep(2)
+    first = start(*words, "hardware.node_rank=0")
+
+    assert first.wait(timeout=200) == 0, first.communicate()[0]
+    assert second.wait(timeout=60) == 0
+
+
+def test_more_processes_than_gpus_are_refused_by_the_machine_that_lacks_them(start, tmp_path):
+    driver = start("hardware=h100", "hardware.num_processes=2", "name=alpha")
+    said, _ = driver.communicate(timeout=120)
+
+    assert driver.returncode == 2
+    assert "hardware.num_processes=2" in said
+    assert "use hardware=cpu" in said
 
 
 def test_a_driver_that_is_killed_takes_no_step_with_it(start, tmp_path):
@@ -180,10 +250,7 @@ def test_more_processes_than_gpus_are_refused(start, tmp_path):
 
 
 def test_two_machines_train_one_model(start, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = ["hardware=cpu", "hardware.num_nodes=2", f"hardware.rendezvous=127.0.0.1:{port}", "evaluation=off"]
+    words = ["hardware=cpu", "hardware.num_nodes=2", f"hardware.rendezvous=127.0.0.1:{free_port()}", "evaluation=off"]
     words += ["training.max_steps=4", "training.logging_steps=1", "name=alpha"]
     first = start(*words, "hardware.node_rank=0")
     run = tmp_path / "runs/alpha"

@@ -4,13 +4,13 @@ import json
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from fake_hub import FakeHub
+from ports import free_port
 
 from llmkit.config.registration import group_names, group_options
 
@@ -67,9 +67,7 @@ def test_a_command_of_the_readme_runs(command, workplace, bucket, hub, monkeypat
         arguments += SHORT
     if verb == "serve" and "stop=true" not in arguments:
         pytest.importorskip("vllm", reason="serving needs vLLM: make serve-env")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            arguments += [*SMALL, f"serve.port={probe.getsockname()[1]}"]
+        arguments += [*SMALL, f"serve.port={free_port()}"]
     monkeypatch.setenv("PYTHONPATH", str(CHECKOUT))
     monkeypatch.setenv("HF_HOME", str(workplace / "huggingface"))
     for name, value in (bucket | (hub if "fetch model" in command else {})).items():

@@ -17,6 +17,23 @@ def engine_in_use(trainer: Any) -> str:
     return "single"
 
 
+def shard_weights(trainer: Any) -> None:
+    """Divide the weights among the ranks for ZeRO-3, one by one on their way from where they were loaded to the device.
+
+    Left to itself, its engine takes the whole model to the device first (deepspeed 0.19): what stage 3 is for would not
+    fit. The weights get the dtype that it would give them.
+    """
+    import deepspeed
+
+    arguments = trainer.args
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    for parameter in trainer.model.parameters():
+        if dtype is not None and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    deepspeed.init_distributed(verbose=False)  # takes the group there is
+    deepspeed.zero.Init(module=trainer.model, config_dict_or_path=arguments.hf_deepspeed_config.config, dtype=dtype)
+
+
 def is_sharded(trainer: Any) -> bool:
     """Whether the engine may divide the weights themselves among the processes."""
     return bool(trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)

@@ -52,7 +52,9 @@ def capacity(config: TrainConfig, device: torch.device) -> int:
     else:
         limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
         physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        # Processes of one machine share its memory.
         there = min([physical, *(limit for limit in limits if limit != resource.RLIM_INFINITY)])
+        there //= config.hardware.num_processes
     limit = config.hardware.memory_gib
     return there if limit is None else min(there, int(limit * GIB))
 

@@ -80,9 +80,10 @@ def make_ready(
 
     warn_of_size(config, precision, device, console)
     dtype = loading_dtype(config, precision)
+    host = torch.device("cpu") if loads_on_host(config) else device
 
     def load() -> tuple[PreTrainedModel, list[int]]:
-        model = load_model(config.model, dtype=dtype, device=device, quantization=config.qlora, precision=precision)
+        model = load_model(config.model, dtype=dtype, device=host, quantization=config.qlora, precision=precision)
         return model, fit_embeddings(model, tokenizer, config) if may_add_tokens(config, beside) else []
 
     base, new_rows = shared_or_own(load)
@@ -112,6 +113,14 @@ def make_ready(
         checkpoint=checkpoint,
         start=start,
     )
+
+
+def loads_on_host(config: TrainConfig) -> bool:
+    """Whether an engine takes the weights from the host's memory, a part to each device, which need not hold them all.
+
+    DPO measures the policy at its start before there is an engine, on the device.
+    """
+    return config.recipe == "sft" and (config.deepspeed.stage == 3 or config.distributed.name == "fsdp2")
 
 
 def save_config(config: TrainConfig, run_dir: Path) -> None:

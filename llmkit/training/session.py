@@ -278,7 +278,7 @@ class Session:
             "tokens_per_second": sorted(rates)[len(rates) // 2] if rates else None,
             "peak_memory_bytes": max(gathered(peak_memory(self.trainer.args.device))),
             "seconds": round(seconds, 2),
-            "device": device_name(self.trainer.args.device),
+            "device": (f"{devices} x " if devices > 1 else "") + device_name(self.trainer.args.device),
             "engine": self.engine,
             "device_seconds": round(seconds * devices, 2),
             "cost": None if price is None else round(seconds * devices / 3600 * price, 4),

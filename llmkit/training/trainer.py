@@ -16,8 +16,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from llmkit import rundir
 from llmkit.data.encoding.batches import IGNORED
 from llmkit.errors import NonFiniteError, Stopped
-from llmkit.training.checkpoints.contents import collect, load_weights, state_files
+from llmkit.training.checkpoints.contents import collect, load_divided, load_weights, state_files
 from llmkit.training.checkpoints.saving import CheckpointWriter
+from llmkit.training.engine import shard_weights
 from llmkit.training.longest_batch import row_lengths
 from llmkit.training.rank_batches import Blank, EvaluationBatches, StepBatches, rank_loader
 from llmkit.training.ranks import any_rank, is_main
@@ -42,6 +43,7 @@ class RunMixin:
     eval_dataset: Any
     data_collator: Any
     is_deepspeed_enabled: bool
+    is_fsdp_enabled: bool
     _tr_loss: torch.Tensor
     _total_loss_scalar: float
     _globalstep_last_logged: int
@@ -107,6 +109,8 @@ class RunMixin:
         if self.args.world_size > 1:
             self.model = self.model_wrapped = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             vars(self.model).pop("_is_accelerate_prepared", None)
+        if is_deepspeed_zero3_enabled():
+            shard_weights(self)
         return super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -117,14 +121,18 @@ class RunMixin:
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Called once a step, before the optimizer moves anything: a non-finite loss shows in the gradient too."""
+        """Called once a step: a non-finite loss shows in the gradient too.
+
+        Before the optimizer moves anything, but for DeepSpeed's, which has taken its step by now.
+        """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
         value = float(norm)
         if math.isfinite(value):
             self._overflows = 0
         else:
             self._overflows += 1
-            scaled = self.accelerator.scaler is not None
+            # DeepSpeed scales by itself, and Accelerate has no scaler then.
+            scaled = self.accelerator.scaler is not None or (self.is_deepspeed_enabled and self.args.fp16)
             if not scaled or self._overflows >= FP16_OVERFLOWS_IN_A_ROW:
                 self._stop_at_non_finite(value)
         self._batches_of_step.clear()
@@ -255,7 +263,10 @@ class RunMixin:
             self.writer.save(step, contents | self.run_files(), self.facts())
 
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
-        load_weights(self.model, Path(checkpoint))
+        if self.is_fsdp_enabled and model is not None:  # it is divided by now
+            load_divided(model, Path(checkpoint))
+        else:
+            load_weights(self.model, Path(checkpoint))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Ours is written at the end, for what a user loads."""

@@ -11,6 +11,7 @@ from llmkit.config import TrainConfig
 from llmkit.errors import OutOfMemory
 from llmkit.training.advice import batch_overrides, costlier_changes, halves, smaller_batches, untried_changes
 from llmkit.training.console import RunConsole
+from llmkit.training.engine import is_sharded
 from llmkit.training.facts import device_name
 from llmkit.training.longest_batch import LongestBatches, Outcome, Setting
 from llmkit.training.memory import in_units, reset_peak
@@ -28,8 +29,8 @@ def run_trial(trainer: Any, config: TrainConfig, console: RunConsole) -> list[Ou
     Raises:
         OutOfMemory: names the cheapest settings that do fit here, by trying them.
     """
-    if trainer.is_deepspeed_enabled:
-        console.fact("trial", "left out: DeepSpeed shards the model only when training starts")
+    if is_sharded(trainer):
+        console.fact("trial", "left out: the engine divides the model only when training starts")
         return []
     batches = LongestBatches(trainer, config)
     outcomes = batches.run(batches.asked)

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import talking
+from ports import free_port
 
 from llmkit import chat, evaluate
 from llmkit.data.examples import Conversation
@@ -38,12 +39,6 @@ ASKED = Conversation(messages=[*QUESTION, {"role": "assistant", "content": ME}])
 def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("VLLM_API_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 # --- vLLM ----------------------------------------------------------------------------------------------------------

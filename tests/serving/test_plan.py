@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from llmkit.config.schema import HardwareConfig, ModelConfig, ServeConfig, TrainConfig
 from llmkit.errors import ConfigError
@@ -21,12 +22,6 @@ from llmkit.serving.target import of_model, of_run
 
 ON_GPU = Environment("python", "0.32.0", for_cpu=False)
 ON_CPU = Environment("python", "0.32.0", for_cpu=True)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def plan_of(*targets, environment=ON_CPU, **serve):

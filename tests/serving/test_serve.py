@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import free_port
 
 from llmkit.serving.state import living_in
 
@@ -55,12 +55,6 @@ def project(closed_world: None, tmp_path_factory: pytest.TempPathFactory) -> Pat
     words = command("train", *TRAINING, "-m", "lora.r=4,8", "name=ranks")
     subprocess.run(words, cwd=directory, env=environment(), check=True, capture_output=True, timeout=600)
     return directory
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Served:

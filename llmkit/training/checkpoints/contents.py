@@ -5,6 +5,7 @@
 | `adapter_model.safetensors`, `adapter_config.json` | the adapter, as PEFT loads it |
 | `model.safetensors`, `config.json` | without an adapter: the trained weights; of method=full that is the whole model |
 | `optimizer.pt`, `scheduler.pt`, `scaler.pt` | state dicts, read with `weights_only` |
+| `optimizer.bin` | in place of `optimizer.pt` with distributed=fsdp2: the whole state by the names of weights |
 | `rng_state.pth` (`rng_state_<rank>.pth`) | Python's, NumPy's, torch's random states |
 | `tokenizer.json`, `chat_template.jinja`, `generation_config.json`, ... | as in `final/`, so that it can be loaded |
 | `trainer_state.json`, `accumulators.json` | step and epoch; the sums behind the next log event, of each rank |
@@ -21,7 +22,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file
 from torch import nn
-from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -37,8 +38,12 @@ def collect(trainer: Any) -> dict[str, Any]:
     """
     ranks = gather_object([{"rng": _rng_state(trainer), "accumulators": trainer.accumulators()}])
     alone = len(ranks) == 1
-    contents = _weights(trainer.model)
-    contents |= {OPTIMIZER_NAME: trainer.optimizer.state_dict(), SCHEDULER_NAME: trainer.lr_scheduler.state_dict()}
+    if trainer.is_fsdp_enabled:
+        trained, optimizer = whole_state(trainer.model, trainer.optimizer.optimizer)
+        contents = _weights(trainer.model, trained) | {OPTIMIZER_NAME_BIN: optimizer}
+    else:
+        contents = _weights(trainer.model) | {OPTIMIZER_NAME: trainer.optimizer.state_dict()}
+    contents[SCHEDULER_NAME] = trainer.lr_scheduler.state_dict()
     if trainer.accelerator.scaler is not None:
         contents[SCALER_NAME] = trainer.accelerator.scaler.state_dict()
     for rank, states in enumerate(ranks):
@@ -54,6 +59,43 @@ def state_files(trainer: Any, accumulators: list[dict[str, Any]]) -> dict[str, s
             trainer.state.stateful_callbacks[type(callback).__name__] = callback.state()
     state = json.dumps(dataclasses.asdict(trainer.state), indent=2, sort_keys=True)
     return {TRAINER_STATE_NAME: state + "\n", ACCUMULATORS: json.dumps(accumulators) + "\n"}
+
+
+def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The trained weights by name and the optimizer's state, of a model divided by FSDP2, in the host's memory.
+
+    Every rank takes part; only the first gets them.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return get_model_state_dict(model, options=whole), get_optimizer_state_dict(model, optimizer, options=whole)
+
+
+def load_divided(model: Any, checkpoint: Path) -> None:
+    """As `load_weights`, into a model that is divided by FSDP2: each rank keeps its part."""
+    from torch.distributed.tensor import distribute_tensor
+
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if (checkpoint / ADAPTER_WEIGHTS).exists():
+        saved, names = load_file(checkpoint / ADAPTER_WEIGHTS), _adapter_names(model, trained)
+    else:
+        saved, names = load_file(checkpoint / WEIGHTS), {name: name for name in trained}
+    if missing := sorted(set(names.values()) - saved.keys()):
+        raise RuntimeError(f"{checkpoint} holds the weights of another model: {', '.join(missing[:3])}")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            value = saved[names[name]].to(parameter.device, parameter.dtype)
+            parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
+
+
+def _adapter_names(model: Any, trained: dict[str, Any]) -> dict[str, str]:
+    """How PEFT calls each trained parameter in an adapter's file."""
+    from peft import get_peft_model_state_dict
+
+    numbers = {name: torch.tensor(number) for number, name in enumerate(trained)}
+    saved = get_peft_model_state_dict(model, numbers, adapter_name=ADAPTER, save_embedding_layers=False)
+    return {list(trained)[int(number)]: name for name, number in saved.items()}
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
@@ -78,17 +120,18 @@ def load_accumulators(trainer: Any, checkpoint: Path) -> None:
         trainer.take_up(ranks[trainer.args.process_index])
 
 
-def _weights(model: Any) -> dict[str, Any]:
+def _weights(model: Any, whole: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The files of the trained weights; `whole` holds those of a model that is divided among the ranks."""
     if ADAPTER in getattr(model, "peft_config", {}):
         from peft import get_peft_model_state_dict
 
         settings = model.peft_config[ADAPTER].to_dict() | {"inference_mode": True}
         config = json.dumps(settings, indent=2, sort_keys=True, default=_plain)
         # Rows of new tokens are saved as such, the matrices they stand in are not.
-        adapter = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+        adapter = get_peft_model_state_dict(model, whole, adapter_name=ADAPTER, save_embedding_layers=False)
         return {ADAPTER_WEIGHTS: adapter, ADAPTER_CONFIG: config + "\n"}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {WEIGHTS: trained, MODEL_CONFIG: model.config.to_json_string()}
+    return {WEIGHTS: trained if whole is None else whole, MODEL_CONFIG: model.config.to_json_string()}
 
 
 def _rng_state(trainer: Any) -> dict[str, Any]:

@@ -109,9 +109,7 @@ class JointStep:
 
     def __init__(self, hidden: torch.Tensor, rows: Sequence[Rows]):
         self._hidden = hidden
-        self._leaves = [
-            hidden[part.first : part.last, : part.length].detach().requires_grad_() for part in rows
-        ]
+        self._leaves = [hidden[part.first : part.last, : part.length].detach().requires_grad_() for part in rows]
 
     @property
     def hidden(self) -> list[torch.Tensor]:
@@ -215,8 +213,6 @@ def can_join(batches: Sequence[dict[str, Any]]) -> bool:
     return all(
         batch.keys() == batches[0].keys()
         and all(batch[name].dim() == 2 for name in OF_EACH_TOKEN.keys() & batch.keys())
-        and all(
-            not isinstance(value, torch.Tensor) and batch[name] == value for name, value in first.items()
-        )
+        and all(not isinstance(value, torch.Tensor) and batch[name] == value for name, value in first.items())
         for batch in batches
     )

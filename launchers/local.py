@@ -286,9 +286,12 @@ def run_all(sweep: Sweep) -> None:
                 wanted = waiting[0][0].config.hardware.num_processes
                 if not gpus.has_room(wanted):
                     break
-                if run := _start(sweep, waiting.pop(0), gpus.take(wanted), parallel):
+                taken = gpus.take(wanted)
+                if run := _start(sweep, waiting.pop(0), taken, parallel):
                     running.append(run)
                     workers.add(run.process)
+                else:
+                    gpus.give_back(taken)
             for run in running:
                 _collect_ended(run, sweep)
             for run in [run for run in running if run.process.poll() is not None]:
@@ -306,9 +309,9 @@ def run_all(sweep: Sweep) -> None:
 def _collect_ended(run: _Running, sweep: Sweep) -> None:
     """Note which runs of a pack have come to their ends while others go on."""
     for job in list(run.jobs) if len(run.jobs) > 1 else []:
-        if rundir.read_result(job.run_dir) is not None:
+        if result := rundir.read_result(job.run_dir):
             run.jobs.remove(job)
-            _record_end(job.run_dir, EXIT_DONE)
+            _record_end(job.run_dir, EXIT_DONE if result["status"] == "completed" else EXIT_FAILED)
             sweep.collect(job)
 
 

@@ -107,6 +107,7 @@ class Pack:
         self._count = len(runs)
         self._base: tuple[PreTrainedModel, list[int]] | None = None
         self._trunk: JointTrunk | None = None
+        self._micro_batches = self._apart = 0
 
     def base(self, load: Callable[[], tuple[PreTrainedModel, list[int]]]) -> tuple[PreTrainedModel, list[int]]:
         """The base that all share, loaded by the first who asks: each gets modules of its own around its weights."""
@@ -143,6 +144,9 @@ class Pack:
                 self._start(self._waiting.popleft())
             if self._training:
                 self._step()
+        how = "all of them together" if not self._apart else f"{self._apart} of them by themselves"
+        if self._micro_batches:
+            print(f"{'pack':<10} {self._micro_batches} micro-batches, {how}", file=self.output.own, flush=True)
 
     def _start(self, member: Member) -> None:
         member.start(lambda: self._work(member.config, member.run_dir))
@@ -164,7 +168,9 @@ class Pack:
         for member in members:
             member.micro_batches += 1
         batches = [member.turn.asks for member in members if member.turn is not None]
+        self._micro_batches += len(members)
         if len(members) == 1 or not can_join(batches):
+            self._apart += len(members)
             for member in members:
                 self._go(member, ALONE)
             return

@@ -68,8 +68,9 @@ _SINGLETONS: tuple[Any, ...] = (GradientState, AcceleratorState, PartialState)
 
 def _exchange_numpy(generator: Any) -> Any:
     """Make it numpy's, and return that which was; copying states takes a hundred times longer."""
-    before = np.random.get_bit_generator()
-    np.random.set_bit_generator(generator)
+    numbers: Any = np.random  # its stubs leave these two out
+    before = numbers.get_bit_generator()
+    numbers.set_bit_generator(generator)
     return before
 
 

@@ -14,10 +14,12 @@ from typing import IO, Any
 
 from llmkit import rundir
 from llmkit.config import TrainConfig, save
+from llmkit.config.launcher_schema import LocalLauncherConfig, PackedLauncherConfig
 from llmkit.config.resolve import in_group
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_WRONG_INPUT, ConfigError
 from llmkit.hangup import keep_output
 from llmkit.launchers.job_record import ENDED, RUNNING, JobRecord, now
+from llmkit.launchers.packed import packs
 from llmkit.launchers.prepare import is_finished, prepare
 from llmkit.launchers.sweep import Job, Sweep
 from llmkit.training.checkpoints.manifest import latest
@@ -32,7 +34,7 @@ def run_here(config: TrainConfig, run_dir: Path) -> int:
         return _take_part(config, run_dir)
     if is_finished(config, run_dir):
         return EXIT_DONE
-    if config.launcher.max_parallel is not None:
+    if isinstance(config.launcher, LocalLauncherConfig) and config.launcher.max_parallel is not None:
         print("warning: launcher.max_parallel has no effect on a single run; it is for sweeps (-m).", file=sys.stderr)
     env = _devices(config, [] if config.hardware.device == "cpu" else _visible_gpus())
     with prepare(config, run_dir) as lock, _forwarded_signals(run_dir / rundir.CONSOLE) as workers:
@@ -122,20 +124,26 @@ def start_worker(
     Its own process group, so that Ctrl-C reaches it once, from the driver, and not twice.
     """
     hardware = config.hardware
-    environment = worker_environment() | (env or {})
-    if lock:
-        environment["LLMKIT_LOCK_FD"] = str(lock.fileno())
-    command = [sys.executable, "-m", "llmkit.worker", str(run_dir)]
-    if in_group(config):
-        command[2] = "llmkit.node"
+    words = [str(run_dir)]
     if hardware.rendezvous and hardware.num_nodes > 1:
-        command += ["--node-rank", str(hardware.node_rank), "--rendezvous", hardware.rendezvous]
+        words += ["--node-rank", str(hardware.node_rank), "--rendezvous", hardware.rendezvous]
     if hardware.node_rank and hardware.num_nodes > 1:
-        command += ["--config", str(run_dir / rundir.RANKS / f"node-{hardware.node_rank}")]
+        words += ["--config", str(run_dir / rundir.RANKS / f"node-{hardware.node_rank}")]
+    module = "llmkit.node" if in_group(config) else "llmkit.worker"
+    return _start_process(module, words, [lock] if lock else [], env, output)
+
+
+def _start_process(
+    module: str, words: list[str], locks: list[IO[str]], env: dict[str, str] | None, output: IO[Any] | None
+) -> subprocess.Popen:
+    environment = worker_environment() | (env or {})
+    descriptors = [lock.fileno() for lock in locks]
+    if locks:
+        environment["LLMKIT_LOCK_FD"] = " ".join(map(str, descriptors))
     return subprocess.Popen(
-        command,
+        [sys.executable, "-m", module, *words],
         env=environment,
-        pass_fds=(lock.fileno(),) if lock else (),
+        pass_fds=descriptors,
         process_group=0,
         stdin=subprocess.DEVNULL,
         stdout=output,
@@ -224,10 +232,9 @@ def _forwarded_signals(log: Path) -> Iterator[_Workers]:
 
 @dataclass
 class _Running:
-    job: Job
+    jobs: list[Job]
     process: subprocess.Popen
-    lock: IO[str]
-    output: IO[str]
+    open_files: contextlib.ExitStack  # the locks of the run directories, and where the output goes
     gpus: list[str]
 
 
@@ -260,52 +267,83 @@ class _Gpus:
 
 
 def run_all(sweep: Sweep) -> None:
-    """Run the jobs of a sweep that are waiting, one per free device."""
-    waiting = [job for job in sweep.jobs_of_this_command if job.status == "waiting"]
-    if not waiting:
+    """Run the jobs of a sweep that are waiting, one (of launcher=packed, one pack) per free device."""
+    left = [job for job in sweep.jobs_of_this_command if job.status == "waiting"]
+    if not left:
         return
-    first = waiting[0].config
+    first = left[0].config
     names = _visible_gpus() if first.hardware.device != "cpu" else []
-    parallel = first.launcher.max_parallel or len(names) or 1
+    parallel = len(names) or 1
+    if isinstance(first.launcher, PackedLauncherConfig):
+        waiting = packs(left, devices=parallel)
+    else:
+        waiting, parallel = [[job] for job in left], first.launcher.max_parallel or parallel
     gpus = _Gpus(names, parallel)
     running: list[_Running] = []
     with _forwarded_signals(sweep.directory / rundir.CONSOLE) as workers:
         while running or (waiting and not workers.stopped):
             while waiting and len(running) < parallel and not workers.stopped:
-                if not gpus.has_room(waiting[0].config.hardware.num_processes):
+                wanted = waiting[0][0].config.hardware.num_processes
+                if not gpus.has_room(wanted):
                     break
-                job = waiting.pop(0)
-                try:
-                    running.append(_start(job, gpus.take(job.config.hardware.num_processes), parallel))
-                except ConfigError as error:
-                    sweep.fail(job, str(error))
-                    continue
-                workers.add(running[-1].process)
-                sweep.record(job, status="running")
+                taken = gpus.take(wanted)
+                if run := _start(sweep, waiting.pop(0), taken, parallel):
+                    running.append(run)
+                    workers.add(run.process)
+                else:
+                    gpus.give_back(taken)
+            for run in running:
+                _collect_ended(run, sweep)
             for run in [run for run in running if run.process.poll() is not None]:
                 running.remove(run)
                 workers.remove(run.process)
                 gpus.give_back(run.gpus)
-                run.lock.close()
-                run.output.close()
-                _record_end(
-                    run.job.run_dir, _exit_code(run.process.returncode, run.job.run_dir, stopped=workers.stopped)
-                )
-                sweep.collect(run.job)
+                run.open_files.close()
+                for job in run.jobs:
+                    code = _exit_code(run.process.returncode, job.run_dir, stopped=workers.stopped)
+                    _record_end(job.run_dir, code)
+                    sweep.collect(job)
             time.sleep(0.05)
 
 
-def _start(job: Job, gpus: list[str], parallel: int) -> _Running:
-    env = _devices(job.config, gpus)
-    lock = prepare(job.config, job.run_dir)
-    output = open(job.run_dir / rundir.CONSOLE, "a", encoding="utf-8")  # noqa: SIM115 - closed when the job ends
+def _collect_ended(run: _Running, sweep: Sweep) -> None:
+    """Note which runs of a pack have come to their ends while others go on."""
+    for job in list(run.jobs) if len(run.jobs) > 1 else []:
+        if result := rundir.read_result(job.run_dir):
+            run.jobs.remove(job)
+            _record_end(job.run_dir, EXIT_DONE if result["status"] == "completed" else EXIT_FAILED)
+            sweep.collect(job)
+
+
+def _start(sweep: Sweep, jobs: list[Job], gpus: list[str], parallel: int) -> _Running | None:
+    """Start the jobs in one process; one whose directory cannot be made ready fails. None if all have."""
+    open_files = contextlib.ExitStack()
+    locks: dict[Path, IO[str]] = {}
+    env: dict[str, str] = {}
+    for job in list(jobs):
+        try:
+            env = _devices(job.config, gpus)
+            locks[job.run_dir] = open_files.enter_context(prepare(job.config, job.run_dir))
+        except ConfigError as error:
+            jobs.remove(job)
+            sweep.fail(job, str(error))
+    if not jobs:
+        return None
+    first = jobs[0]
     if not gpus and "OMP_NUM_THREADS" not in os.environ:
         # Two processes with a thread per core each wait for one another at every operation: seen 100 times slower.
-        together = parallel * job.config.hardware.num_processes
+        together = parallel * first.config.hardware.num_processes
         env["OMP_NUM_THREADS"] = str(max(len(os.sched_getaffinity(0)) // together, 1))
-    worker = start_worker(job.config, job.run_dir, lock=lock, env=env, output=output)
-    _record(job.run_dir, worker)
-    return _Running(job, worker, lock, output, gpus)
+    place = first.run_dir if len(jobs) == 1 else sweep.directory
+    output = open_files.enter_context((place / rundir.CONSOLE).open("a", encoding="utf-8"))
+    if len(jobs) == 1:
+        worker = start_worker(first.config, first.run_dir, lock=locks[first.run_dir], env=env, output=output)
+    else:
+        worker = _start_process("llmkit.pack_worker", [*map(str, locks)], list(locks.values()), env, output)
+    for job in jobs:
+        _record(job.run_dir, worker)
+        sweep.record(job, status="running")
+    return _Running(jobs, worker, open_files, gpus)
 
 
 def _record(run_dir: Path, worker: subprocess.Popen) -> None:

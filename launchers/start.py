@@ -16,10 +16,12 @@ from llmkit.errors import ConfigError, LlmkitError
 from llmkit.launchers import cluster, local
 from llmkit.launchers.sweep import Sweep
 
+HERE = {"local", "packed"}  # launchers whose runs are processes of this machine, begun by this one
+
 
 def start_run(config: TrainConfig, run_dir: Path) -> int:
     """Start one run and see it to its end; returns the exit code of the contract."""
-    if config.launcher.name == "local":
+    if config.launcher.name in HERE:
         cluster.refuse_held_elsewhere(config, run_dir)
         return local.run_here(config, run_dir)
     return cluster.run_there(config, run_dir)
@@ -61,7 +63,7 @@ def _run_sweep(directory: Path, overrides: Sequence[Sequence[str]], configs: Seq
     names = {config.launcher.name for config in configs}
     if len(names) > 1:
         raise ConfigError(f"launcher={','.join(sorted(names))}: a sweep has one launcher; choose one of them.")
-    here = names == {"local"}
+    here = names <= HERE
     with rundir.lock(directory):
         try:
             sweep = Sweep.plan(directory, overrides, configs, ready=_not_held if here else cluster.ready)

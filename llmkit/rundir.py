@@ -147,7 +147,12 @@ def lock(run_dir: Path) -> IO[str]:
     return file
 
 
+def inherited_locks() -> list[IO[str]]:
+    """The locks that the process which started this one has handed down (LLMKIT_LOCK_FD), if it has."""
+    descriptors = os.environ.pop("LLMKIT_LOCK_FD", "").split()
+    return [os.fdopen(int(descriptor), "a", encoding="utf-8") for descriptor in descriptors]
+
+
 def inherited_lock() -> IO[str] | None:
-    """The lock that the process which started this one has handed down (LLMKIT_LOCK_FD), if it has."""
-    descriptor = os.environ.pop("LLMKIT_LOCK_FD", None)
-    return os.fdopen(int(descriptor), "a", encoding="utf-8") if descriptor else None
+    """The one lock that has been handed down, if one has."""
+    return next(iter(inherited_locks()), None)

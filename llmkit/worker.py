@@ -54,11 +54,20 @@ def main(argv: list[str] | None = None) -> int:
         keep_output(run_dir / rundir.CONSOLE)
         stop = StopRequest().watch()
         try:
-            _settle_in(config)
-            result = _train(config, run_dir, stop)
+            settle_in(config)
         except Exception as error:
             return end_in_failure(Failure.of(error, config), config, run_dir)
-        return _end(result, config, run_dir)
+        code = run_to_end(config, run_dir, stop)
+        return merge_if_asked(config, run_dir) if code == EXIT_DONE else code
+
+
+def run_to_end(config: TrainConfig, run_dir: Path, stop: StopRequest) -> int:
+    """Train, and record what came of it, whatever that is; returns the exit code."""
+    try:
+        result = _train(config, run_dir, stop)
+    except Exception as error:
+        return end_in_failure(Failure.of(error, config), config, run_dir)
+    return _end(result, config, run_dir)
 
 
 def _run_rank(run_dir: Path) -> int:
@@ -78,7 +87,7 @@ def _run_rank(run_dir: Path) -> int:
             from llmkit.training import ranks
         ranks.join(os.environ["LLMKIT_RANKS"])
         config = ranks.on_main(lambda: load(run_dir))
-        _settle_in(config)
+        settle_in(config)
         result = _train(config, run_dir, stop)
         ranks.leave()
     except Exception as error:
@@ -87,10 +96,13 @@ def _run_rank(run_dir: Path) -> int:
             why.leave(run_dir)
         return why.exit_code if number == 0 or why.exit_code != EXIT_PREEMPTED else EXIT_DONE
     # The first rank alone writes the result, and ends last: torchrun kills what is left when one exits in another way.
-    return _end(result, config, run_dir) if number == 0 else EXIT_DONE
+    if number:
+        return EXIT_DONE
+    code = _end(result, config, run_dir)
+    return merge_if_asked(config, run_dir) if code == EXIT_DONE else code
 
 
-def _settle_in(config: TrainConfig) -> None:
+def settle_in(config: TrainConfig) -> None:
     """What has to be so before the libraries that train are imported."""
     reach_with(config.storage)
     os.environ.update(config.hardware.env)
@@ -126,13 +138,13 @@ def _end(result: dict[str, Any], config: TrainConfig, run_dir: Path) -> int:
     code = _publish(config, run_dir, EXIT_DONE)
     if config.training.save_steps is None:  # those that were made have done their duty
         shutil.rmtree(run_dir / rundir.CHECKPOINTS, ignore_errors=True)
-    if config.export.merge and config.lora is not None:
-        code = code or _merge(config, run_dir)
     return code
 
 
-def _merge(config: TrainConfig, run_dir: Path) -> int:
+def merge_if_asked(config: TrainConfig, run_dir: Path) -> int:
     """What export.merge=true asks for. The run is completed by now, whatever comes of it; the exit code tells."""
+    if not config.export.merge or config.lora is None:
+        return EXIT_DONE
     from llmkit.serving.merging import merge, merged_directory
     from llmkit.serving.target import of_run
 

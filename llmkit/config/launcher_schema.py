@@ -16,6 +16,14 @@ class LocalLauncherConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class PackedLauncherConfig:
+    name: str = setting("packed", "The option of the launcher group.")
+    width: int | None = setting(
+        None, "Runs that train at a time on one base; unset: as many as keep the device busy and fit.", ge=1
+    )
+
+
+@dataclass(kw_only=True, slots=True)
 class ClusterLauncherConfig:
     """What all launchers have in common that hand runs to a scheduler."""
 
@@ -91,6 +99,7 @@ class RayLauncherConfig(ClusterLauncherConfig):
 # Option of the launcher group -> the dataclass that types it.
 LAUNCHERS: dict[str, type] = {
     "local": LocalLauncherConfig,
+    "packed": PackedLauncherConfig,
     "slurm": SlurmLauncherConfig,
     "ray": RayLauncherConfig,
 }

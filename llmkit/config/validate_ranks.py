@@ -10,7 +10,7 @@ def rank_problems(config: TrainConfig) -> list[str]:
 
 def _machine_problems(config: TrainConfig) -> list[str]:
     hardware, problems = config.hardware, []
-    if hardware.num_nodes == 1 or config.launcher.name != "local":
+    if hardware.num_nodes == 1 or config.launcher.name not in ("local", "packed"):
         return []
     if hardware.node_rank is None or not hardware.rendezvous:
         problems.append(
@@ -69,7 +69,7 @@ def rank_warnings(config: TrainConfig) -> list[str]:
     """Settings of several processes that have no effect."""
     hardware, found = config.hardware, []
     processes = hardware.num_processes * hardware.num_nodes
-    if hardware.num_nodes == 1 or config.launcher.name != "local":
+    if hardware.num_nodes == 1 or config.launcher.name not in ("local", "packed"):
         for key in ("node_rank", "rendezvous"):
             if getattr(hardware, key) is not None:
                 found.append(

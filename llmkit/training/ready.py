@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from llmkit import config as configuration
 from llmkit.config import TrainConfig
@@ -27,6 +27,7 @@ from llmkit.training.facts import (
     state_facts,
     warn_of_size,
 )
+from llmkit.training.pack.pack import shared_or_own
 from llmkit.training.ranks import agree, first_of_machine, is_main, on_main
 from llmkit.training.resuming import check_data, check_processes, check_start
 from llmkit.training.run_data import prepare_run_data
@@ -61,7 +62,6 @@ def make_ready(
     device, precision = first_of_machine(lambda: complete_config(config))
     agree(config)
     save_config(config, run_dir)
-    set_seed(config.seed)  # adapters start from random numbers, before the trainer would seed them
 
     # Data comes before weights: its errors should not wait for a large model to load.
     def prepare() -> tuple[list[str], PreTrainedTokenizerBase, PreparedData]:
@@ -81,13 +81,18 @@ def make_ready(
     warn_of_size(config, precision, device, console)
     dtype = loading_dtype(config, precision)
     host = torch.device("cpu") if loads_on_host(config) else device
-    model: Any = load_model(config.model, dtype=dtype, device=host, quantization=config.qlora, precision=precision)
-    new_rows = fit_embeddings(model, tokenizer, config) if may_add_tokens(config, beside) else []
+
+    def load() -> tuple[PreTrainedModel, list[int]]:
+        model = load_model(config.model, dtype=dtype, device=host, quantization=config.qlora, precision=precision)
+        return model, fit_embeddings(model, tokenizer, config) if may_add_tokens(config, beside) else []
+
+    base, new_rows = shared_or_own(load)
     start = start_fingerprint(config)
     if checkpoint is not None:
         check_start(config, run_dir, checkpoint, start)
-    learn_to_stop(model, tokenizer, data.train)
-    model = apply_method(model, config, precision, new_rows=new_rows)
+    learn_to_stop(base, tokenizer, data.train)
+    set_seed(config.seed)  # adapters start from random numbers, before the trainer would seed them
+    model = apply_method(base, config, precision, new_rows=new_rows)
     settle_gradient_checkpointing(config, model)
     save_config(config, run_dir)
     state_facts(config, model, data, console, device=device, precision=precision, new_tokens=len(new_rows))

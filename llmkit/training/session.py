@@ -28,6 +28,7 @@ from llmkit.training.final_test import measure_test
 from llmkit.training.generation import AnswerGenerator
 from llmkit.training.memory import peak_memory
 from llmkit.training.metrics import MetricsFile, draw_losses, last_tokens, mean_loss
+from llmkit.training.pack.pack import join_pack
 from llmkit.training.ranks import any_rank, gathered, is_main
 from llmkit.training.ready import Ready
 from llmkit.training.saves import Saves
@@ -90,7 +91,7 @@ class Session:
             self.best = BestWeights(trainer.model, run_dir, goes_on=goes_on)
             trainer.add_callback(self.best)
         self.saves.begin(trainer, stop, self.metrics, self.tracker)
-        self._at_begin = AtBegin(self._state_engine)
+        self._at_begin = AtBegin(self._state_engine, lambda: join_pack(trainer))
         trainer.add_callback(self._at_begin)
         if self.tracker.where:
             console.fact("tracking", self.tracker.where)

@@ -1,0 +1,100 @@
+"""What a run finds in its process and believes to be its own, kept apart where several runs share one."""
+
+import io
+import random
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+
+class ProcessState:
+    """Random numbers, Accelerate's singletons and the output of one of several runs that take turns in a process.
+
+    `enter` makes them those of the process and `leave` takes them back, so that a run draws the numbers that it would
+    draw alone, and never finds its gradients' state changed by another.
+    """
+
+    def __init__(self, output: "Output", log: TextIO):
+        self._output, self._log = output, log
+        self._torch = torch.get_rng_state()
+        self._python = random.getstate()
+        self._numpy: Any = np.random.MT19937()  # seeded by the run
+        self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        self._accelerate: list[dict[str, Any]] = [{} for _ in _SINGLETONS]
+
+    def enter(self) -> None:
+        """This run's turn begins."""
+        self.take_random()
+        random.setstate(self._python)
+        self._numpy = _exchange_numpy(self._numpy)
+        for kind, state in zip(_SINGLETONS, self._accelerate, strict=True):
+            kind._shared_state.clear()
+            kind._shared_state.update(state)
+        self._output.target = self._log
+
+    def leave(self) -> None:
+        """This run's turn ends."""
+        self.keep_random()
+        self._python = random.getstate()
+        self._numpy = _exchange_numpy(self._numpy)
+        self._accelerate = [dict(kind._shared_state) for kind in _SINGLETONS]
+        self._output.target = self._output.own
+
+    def take_random(self) -> None:
+        """Torch draws this run's numbers from now on."""
+        torch.set_rng_state(self._torch)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda)
+
+    def keep_random(self) -> None:
+        """Torch draws no more numbers of this run for now."""
+        self._torch = torch.get_rng_state()
+        if torch.cuda.is_initialized():
+            self._cuda = torch.cuda.get_rng_state()
+
+    def random(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Torch's random state of this run, to be put back by `set_random`."""
+        return self._torch, self._cuda
+
+    def set_random(self, state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+        """Have the run draw its next numbers from an earlier state."""
+        self._torch, self._cuda = state
+
+
+_SINGLETONS: tuple[Any, ...] = (GradientState, AcceleratorState, PartialState)
+
+
+def _exchange_numpy(generator: Any) -> Any:
+    """Make it numpy's, and return that which was; copying states takes a hundred times longer."""
+    numbers: Any = np.random  # its stubs leave these two out
+    before = numbers.get_bit_generator()
+    numbers.set_bit_generator(generator)
+    return before
+
+
+class Output(io.TextIOBase):
+    """`sys.stdout` and `sys.stderr` of a process with several runs: what is printed goes to the run whose turn it is.
+
+    Libraries that keep the stream, as handlers of logs do, keep this one.
+    """
+
+    def __init__(self, own: TextIO):
+        self.own = self.target = own
+
+    def write(self, text: str) -> int:
+        return self.target.write(text)
+
+    def flush(self) -> None:
+        self.target.flush()
+
+    def isatty(self) -> bool:
+        return False
+
+    def fileno(self) -> int:
+        return self.target.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return "utf-8"

@@ -104,7 +104,7 @@ ONE_MISTAKE = {
     "half a step": ("training.eval_steps=2.5", "training.eval_steps=2.5", "whole number of steps"),
     "a precision the card lacks": ("hardware=cpu precision=fp16", "precision=fp16", "hardware=cpu", "fp32, bf16"),
     "an unknown setting of Hydra": ("hydra.nonsense=1", "hydra.nonsense"),
-    "an unknown launcher of Hydra": ("hydra/launcher=nonsense", "launcher=nonsense", "local, ray, slurm"),
+    "an unknown launcher of Hydra": ("hydra/launcher=nonsense", "launcher=nonsense", "is one of local", "slurm"),
     "a secret": ("hardware.env.HF_TOKEN=hf_hunter2", "hardware.env.HF_TOKEN", "export HF_TOKEN"),
     "a secret of a sweep": (
         "-m lora.r=4,8 hardware.env.HF_TOKEN=hf_hunter2",

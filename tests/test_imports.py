@@ -21,7 +21,10 @@ FLOORS = [
         *("llmkit.export", "llmkit.doctor", "llmkit.jobs", "llmkit.report", "llmkit.words", "llmkit.serve"),
         *("llmkit.chat", "llmkit.evaluate", "llmkit.answering"),
     ],
-    ["llmkit.launchers", "llmkit.reporting", "llmkit.worker", "llmkit.node", "llmkit.failure"],
+    [
+        *("llmkit.launchers", "llmkit.reporting", "llmkit.worker", "llmkit.pack_worker", "llmkit.node"),
+        "llmkit.failure",
+    ],
     ["llmkit.recipes"],
     ["llmkit.training", "llmkit.serving"],
     ["llmkit.data", "llmkit.model"],

@@ -111,8 +111,8 @@ class Overview:
 
 
 def _view(run_dir: Path, config: TrainConfig, record: JobRecord | None, told: dict[str, Seen] | None) -> RunView:
-    seen = _seen(run_dir, record, told)
     result = rundir.read_result(run_dir)
+    seen = _seen(run_dir, record, told, ended=result is not None)
     state, detail = seen.state, seen.detail
     progress = _progress(run_dir, config, running=state == RUNNING)
     if state not in OPEN:
@@ -144,12 +144,12 @@ def _end(detail: str) -> str:
     return "stopped" if detail.lower().startswith("cancelled") else "unknown"
 
 
-def _seen(run_dir: Path, record: JobRecord | None, told: dict[str, Seen] | None) -> Seen:
-    """Where a run's job is; of a run on this machine its lock tells."""
+def _seen(run_dir: Path, record: JobRecord | None, told: dict[str, Seen] | None, *, ended: bool) -> Seen:
+    """Where a run's job is; of a run on this machine its lock tells, and of a silent scheduler's whether it `ended`."""
     if record is None or record.launcher not in SCHEDULERS:
         return Seen(state=RUNNING if rundir.is_locked(run_dir) else ENDED)
     if told is None:
-        return Seen(state=record.state)
+        return Seen(state=ENDED if ended and record.state == RUNNING else record.state)
     return judged(record, told.get(record.job_id))
 
 

@@ -70,7 +70,13 @@ class Slurm:
                 f"launcher=slurm needs submitit, which is not installed: {install_command('cluster', extra='cluster')}"
             ) from None
         launcher: SlurmLauncherConfig = config.launcher
-        known = {partition.name: partition for partition in self.partitions()}
+        try:
+            known = {partition.name: partition for partition in self.partitions()}
+        except SchedulerError as error:
+            raise ConfigError(
+                f"launcher=slurm: no Slurm answers here. {error} Start from a machine of the cluster (its login node); "
+                "export SLURM_CONF where its slurm.conf has a place of its own."
+            ) from error
         wanted = launcher.partition.split(",") if launcher.partition else []
         for name in wanted:
             if name not in known:

@@ -386,6 +386,15 @@ def test_without_slurm_the_message_says_where_to_start(run_llmkit, tmp_path):
     assert "launcher=slurm: there is no sbatch here" in done.stderr
 
 
+def test_a_slurm_that_does_not_answer_is_explained_before_anything_is_left(run_llmkit, tmp_path):
+    done = run_llmkit("train", "launcher=slurm", "name=a", env={"SLURM_CONF": str(tmp_path / "none.conf")})
+
+    assert done.returncode == 2
+    assert "launcher=slurm: no Slurm answers here. sinfo failed: " in done.stderr
+    assert "export SLURM_CONF" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "command"),
     [

@@ -22,5 +22,5 @@ def collect_sweep(directory: Path) -> int:
                 sweep.collect(job, ended=view.detail)
         sweep.finish()
     if left := sum(job.status in OPEN for job in sweep.jobs_of_this_command):
-        print(f"left    {left} of {len(made)} runs have not ended; llmkit jobs collect {directory} again ranks them too")
+        print(f"left    {left} of {len(made)} runs have not ended; the same command ranks them too, later")
     return sweep.exit_code()

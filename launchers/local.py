@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from llmkit import rundir
 from llmkit.config import TrainConfig, save
@@ -22,6 +22,11 @@ from llmkit.launchers.prepare import is_finished, prepare
 from llmkit.launchers.sweep import Job, Sweep
 from llmkit.training.checkpoints.manifest import latest
 from llmkit.training.stopping import ECHO, SIGNALS
+
+if TYPE_CHECKING:
+    from llmkit.launchers.warm import Forked, WarmStarts
+
+Process: TypeAlias = "subprocess.Popen | Forked"
 
 
 def run_here(config: TrainConfig, run_dir: Path) -> int:
@@ -156,12 +161,12 @@ def _exit_code(returncode: int, run_dir: Path, *, stopped: bool) -> int:
     return returncode
 
 
-class _Workers(list[subprocess.Popen]):
+class _Workers(list[Process]):
     """The workers that run now, and whether a signal asked them to stop."""
 
     stopped = False
 
-    def add(self, worker: subprocess.Popen) -> None:
+    def add(self, worker: Process) -> None:
         """A worker that was started while a signal came in is stopped too."""
         self.append(worker)
         if self.stopped:
@@ -204,7 +209,7 @@ def _forwarded_signals(log: Path) -> Iterator[_Workers]:
 @dataclass
 class _Running:
     job: Job
-    process: subprocess.Popen
+    process: Process
     lock: IO[str]
     output: IO[str]
     devices: list[str | None]
@@ -212,6 +217,8 @@ class _Running:
 
 def run_all(sweep: Sweep) -> None:
     """Run the jobs of a sweep that are waiting, one per free device."""
+    from llmkit.launchers.warm import WarmStarts
+
     waiting = [job for job in sweep.jobs_of_this_command if job.status == "waiting"]
     if not waiting:
         return
@@ -221,17 +228,21 @@ def run_all(sweep: Sweep) -> None:
     if first.launcher.max_parallel:
         slots = [slots[i % len(slots)] for i in range(first.launcher.max_parallel)]
     total = len(slots)
-    threads = max(len(os.sched_getaffinity(0)) // len(slots), 1) if not devices else None
+    threads = {} if devices else _threads(len(slots))
     running: list[_Running] = []
-    with _forwarded_signals(sweep.directory / rundir.CONSOLE) as workers:
+    configs = [job.config for job in waiting]
+    with (
+        _forwarded_signals(sweep.directory / rundir.CONSOLE) as workers,
+        WarmStarts(configs, worker_environment() | threads, on_gpus=bool(devices)) as warm,
+    ):
         while running or (waiting and not workers.stopped):
             while waiting and slots and not workers.stopped:
                 wanted = min(waiting[0].config.hardware.num_processes, total) if devices else 1
-                if wanted > len(slots):
+                if wanted > len(slots) or not warm.is_ready(waiting[0].config):
                     break
                 job = waiting.pop(0)
                 try:
-                    running.append(_start(job, slots[:wanted], threads))
+                    running.append(_start(job, slots[:wanted], threads, warm))
                 except ConfigError as error:
                     sweep.fail(job, str(error))
                     continue
@@ -244,24 +255,39 @@ def run_all(sweep: Sweep) -> None:
                 slots += run.devices
                 run.lock.close()
                 run.output.close()
-                _exit_code(run.process.returncode, run.job.run_dir, stopped=workers.stopped)
+                _exit_code(run.process.wait(), run.job.run_dir, stopped=workers.stopped)
                 sweep.collect(run.job)
             time.sleep(0.05)
 
 
-def _start(job: Job, devices: list[str | None], threads: int | None) -> _Running:
-    env = _devices(job.config, [device for device in devices if device is not None])
+def _threads(jobs: int) -> dict[str, str]:
+    """The variables that share the cores among so many jobs at a time.
+
+    Two jobs with a thread per core each wait for one another at every operation: seen 100 times slower.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // jobs, 1))}
+
+
+def _start(job: Job, devices: list[str | None], threads: dict[str, str], warm: "WarmStarts") -> _Running:
+    env = _devices(job.config, [device for device in devices if device is not None]) | threads
     lock = prepare(job.config, job.run_dir)
     output = open(job.run_dir / rundir.CONSOLE, "a", encoding="utf-8")  # noqa: SIM115 - closed when the job ends
-    if threads and "OMP_NUM_THREADS" not in os.environ:
-        # Two jobs with a thread per core each wait for one another at every operation: seen 100 times slower.
-        env["OMP_NUM_THREADS"] = str(threads)
-    worker = start_worker(job.config, job.run_dir, lock=lock, env=env, output=output)
+    worker: Process | None = warm.start(
+        job.config,
+        "llmkit.worker",
+        str(job.run_dir),
+        environment=worker_environment() | env,
+        inherited={"LLMKIT_LOCK_FD": lock.fileno()},
+        output=output,
+    )
+    worker = worker or start_worker(job.config, job.run_dir, lock=lock, env=env, output=output)
     _record(job.run_dir, worker)
     return _Running(job, worker, lock, output, devices)
 
 
-def _record(run_dir: Path, worker: subprocess.Popen) -> None:
+def _record(run_dir: Path, worker: Process) -> None:
     """Write down who runs it, for `llmkit jobs`; whether it still does, the directory's lock tells."""
     job_id, host = str(worker.pid), rundir.host()
     record = JobRecord(launcher="local", job_id=job_id, state=RUNNING, submitted=now(), host=host, process=worker.pid)

@@ -13,6 +13,9 @@ from llmkit.config.setting import setting
 class LocalLauncherConfig:
     name: str = setting("local", "The option of the launcher group.")
     max_parallel: int | None = setting(None, "Jobs of a sweep at a time; unset: one per GPU, one on a CPU.", ge=1)
+    warm: bool = setting(
+        True, "Fork the jobs of a sweep from one process that has imported the libraries; false: each imports them."
+    )
 
 
 @dataclass(kw_only=True, slots=True)

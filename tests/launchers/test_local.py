@@ -279,16 +279,19 @@ def test_a_run_directory_has_one_writer(tmp_path, run_llmkit):
 def test_every_job_and_every_single_run_is_given_one_visible_gpu(run_llmkit, tmp_path, words, seen):
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
-        "if 'LLMKIT_DRIVER' in os.environ:\n"
-        "    with open(os.environ['SEEN'], 'a') as file:\n"
-        "        file.write(os.environ['CUDA_VISIBLE_DEVICES'] + '\\n')\n"
+        "def see(event, words):\n"
+        "    if event == 'open' and str(words[0]).endswith('loss.png'):\n"
+        "        with open(os.environ['SEEN'], 'a') as file:\n"
+        "            file.write(f\"{os.getpid()}:{os.environ['CUDA_VISIBLE_DEVICES']}\\n\")\n"
+        "sys.addaudithook(see)\n"
     )
     env = {"CUDA_VISIBLE_DEVICES": "3,5", "SEEN": str(tmp_path / "seen"), "PYTHONPATH": f"{tmp_path}:{CHECKOUT}"}
 
     done = run_llmkit("train", *words, "name=two", "training.max_steps=1", "evaluation=off", env=env)
 
     assert done.returncode == 0, done.stderr
-    assert sorted((tmp_path / "seen").read_text().split()) == seen
+    workers = set((tmp_path / "seen").read_text().split())
+    assert sorted(worker.partition(":")[2] for worker in workers) == seen
 
 
 def test_a_run_imports_no_optional_library_that_it_does_not_use(run_llmkit):

@@ -61,7 +61,8 @@ def _run(composed: DictConfig) -> int:
     config = resolve(composed)
     validate(config)
     use_absolute_paths(config)
-    for warning in warnings(config):
+    ignored = ["sweeper=random has no effect on a single run; add -m."] if config.sweeper.name == "random" else []
+    for warning in warnings(config) + ignored:
         print(f"warning: {warning}", file=sys.stderr)
     return start_run(config, Path(config.run_dir or default_run_dir(config.name)))
 

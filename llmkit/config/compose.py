@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llmkit.config.arguments import CONFIG_DIR, Arguments, completion_line
 from llmkit.config.check import check_overrides, check_switches, missing_node, unknown_key
+from llmkit.config.random_sweep import RandomSweeper
 from llmkit.config.registration import group_names, group_options, register
 from llmkit.errors import ConfigError
 
@@ -33,7 +34,7 @@ def run_composed(
         ConfigError: lists every problem of the overrides.
     """
     register()
-    _register_launchers(launchers)
+    _register_plugins(launchers | {RandomSweeper.__name__: RandomSweeper})
     if not arguments.completes_shell:
         own_options = arguments.switch_value(*CONFIG_DIR)
         problems = check_switches(arguments)
@@ -69,8 +70,8 @@ def _hydra_environment(argv: list[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = saved_switch
 
 
-def _register_launchers(launchers: dict[str, type]) -> None:
-    """Give the launchers a home in `hydra_plugins`, the one namespace Hydra instantiates plugins from.
+def _register_plugins(plugins: dict[str, type]) -> None:
+    """Give launchers and sweepers a home in `hydra_plugins`, the one namespace Hydra instantiates plugins from.
 
     A real namespace package would be imported at the start of every Hydra program on the machine.
     """
@@ -83,10 +84,10 @@ def _register_launchers(launchers: dict[str, type]) -> None:
         namespace.__path__ = []
         sys.modules["hydra_plugins"] = namespace
     module = types.ModuleType("hydra_plugins.llmkit_launchers")
-    for name, launcher in launchers.items():
-        setattr(module, name, launcher)
-        launcher.__module__ = module.__name__
-        Plugins.instance().register(launcher)
+    for name, plugin in plugins.items():
+        setattr(module, name, plugin)
+        plugin.__module__ = module.__name__
+        Plugins.instance().register(plugin)
     sys.modules[module.__name__] = module
 
 

@@ -96,6 +96,30 @@ def test_ranges_globs_and_several_keys_make_the_jobs_hydra_makes(run_llmkit, tmp
     assert names == {f"learning_rate={rate}_r={r}" for rate in ("0.001", "0.01") for r in (2, 4)}
 
 
+def test_a_longer_random_search_keeps_the_runs_of_a_shorter_one_and_adds_to_them(run_llmkit, tmp_path):
+    rate = "training.learning_rate=tag(log,interval(1e-4,1e-2))"
+    command = ("train", "sweeper=random", rate, "lora.r=choice(2,4)", "name=search", *FAST)
+
+    first = run_llmkit(*command, "sweeper.n=1")
+    assert first.returncode == 0, first.stderr
+    (kept,) = sweep_of(tmp_path / "runs/search")
+    written = (tmp_path / kept["run_dir"] / "result.json").stat().st_mtime_ns
+    second = run_llmkit(*command, "sweeper.n=3")
+
+    assert second.returncode == 0, second.stderr
+    assert "2 jobs to run; 1 finished before and are kept" in second.stdout
+    jobs = sweep_of(tmp_path / "runs/search")
+    assert jobs[0] == kept
+    assert (tmp_path / kept["run_dir"] / "result.json").stat().st_mtime_ns == written
+    assert [job["status"] for job in jobs] == ["completed"] * 3
+    for job in jobs:
+        config = load(tmp_path / job["run_dir"])
+        assert Path(job["run_dir"]).name == f"learning_rate={config.training.learning_rate}_r={config.lora.r}"
+    text = (tmp_path / kept["run_dir"] / "config.yaml").read_text()
+    assert "sweeper" not in text
+    assert "ranked by eval_loss" in second.stdout
+
+
 def test_hydras_own_sweep_directory_is_honoured(run_llmkit, tmp_path):
     done = run_llmkit("train", "-m", "seed=1", "hydra.sweep.dir=mine", "training.max_steps=1", "evaluation=off")
 

@@ -15,6 +15,7 @@ from llmkit import rundir
 from llmkit.config import TrainConfig, resolve
 from llmkit.errors import ConfigError, LlmkitError
 from llmkit.launchers import cluster, local
+from llmkit.launchers.random_sweep import RandomSweeper
 from llmkit.launchers.sweep import Sweep
 
 
@@ -57,6 +58,10 @@ class SweepLauncher(Launcher):
             return []
         parsed = OverridesParser.create().parse_overrides(list(self.config.hydra.overrides.task))
         return [override.key_or_group for override in parsed if override.is_sweep_override()]
+
+
+# What `run_composed` makes known to Hydra.
+HYDRA_PLUGINS: dict[str, type] = {"SweepLauncher": SweepLauncher, "RandomSweeper": RandomSweeper}
 
 
 def _not_held(configs: Sequence[TrainConfig]) -> None:

@@ -21,7 +21,7 @@ FLOORS = [
         *("llmkit.export", "llmkit.doctor", "llmkit.jobs", "llmkit.words", "llmkit.serve"),
         *("llmkit.chat", "llmkit.evaluate", "llmkit.answering"),
     ],
-    ["llmkit.launchers", "llmkit.worker", "llmkit.node", "llmkit.failure"],
+    ["llmkit.launchers", "llmkit.worker", "llmkit.warm_worker", "llmkit.node", "llmkit.failure"],
     ["llmkit.recipes"],
     ["llmkit.training", "llmkit.serving"],
     ["llmkit.data", "llmkit.model"],

@@ -145,7 +145,8 @@ def _values(override: Override) -> list[Any]:
         return []
     value: Any = override.value()
     if isinstance(value, IntervalSweep):
-        return [int(bound) if float(bound).is_integer() else bound for bound in (value.start, value.end)]
+        bounds: list[Any] = [value.start, value.end]
+        return [int(bound) if float(bound).is_integer() else bound for bound in bounds]
     if isinstance(value, Glob):
         return [value]
     return [_plain(item) for item in getattr(value, "list", [])]

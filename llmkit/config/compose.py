@@ -14,7 +14,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llmkit.config.arguments import CONFIG_DIR, Arguments, completion_line
 from llmkit.config.check import check_overrides, check_switches, missing_node, unknown_key
-from llmkit.config.random_sweep import RandomSweeper
 from llmkit.config.registration import group_names, group_options, register
 from llmkit.errors import ConfigError
 
@@ -23,18 +22,18 @@ def run_composed(
     config_name: str,
     task: Callable[[DictConfig], Any],
     arguments: Arguments,
-    launchers: dict[str, type],
+    plugins: dict[str, type],
 ) -> None:
     """Compose `conf/<config_name>.yaml` with the arguments and call `task` (a sweep: the chosen launcher) on it.
 
     Args:
-        launchers: Hydra launcher classes by name, made known under the namespace that Hydra accepts.
+        plugins: Hydra launchers and sweepers by name, made known under the namespace that Hydra accepts.
 
     Raises:
         ConfigError: lists every problem of the overrides.
     """
     register()
-    _register_plugins(launchers | {RandomSweeper.__name__: RandomSweeper})
+    _register_plugins(plugins)
     if not arguments.completes_shell:
         own_options = arguments.switch_value(*CONFIG_DIR)
         problems = check_switches(arguments)

@@ -18,7 +18,7 @@ from llmkit.errors import ConfigError
 # Where a run lives, how it is started, saved and watched is not what it computes.
 NOT_COMPARED = (
     *("name", "run_dir", "resume", "resume_allow", "derived"),
-    *("launcher", "sweeper", "checkpoint", "storage", "tracking", "serve", "export"),
+    *("launcher", "checkpoint", "storage", "tracking", "serve", "export"),
     *("training.save_steps", "data.num_proc"),
     *("hardware.node_rank", "hardware.rendezvous"),
     *("hardware.name", "hardware.memory_gib", "hardware.precisions", "hardware.price_per_hour"),
@@ -39,7 +39,7 @@ SPLITS = ("validation", "test")
 def save(config: TrainConfig, run_dir: Path) -> None:
     """Write `config` to `<run_dir>/config.yaml`, without its own place, so that the file repeats the run elsewhere."""
     values = dataclasses.asdict(config)
-    del values["name"], values["run_dir"], values["sweeper"]  # of one run there is no sweep
+    del values["name"], values["run_dir"], values["sweeper"]
     values = _literal(values)
     head = f"# Repeat this run: llmkit train {run_dir / rundir.CONFIG}\n"
     durable.write_text(run_dir / rundir.CONFIG, head + OmegaConf.to_yaml(OmegaConf.create(values)))

@@ -42,8 +42,10 @@ class RandomSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Hand all jobs to the launcher at once. Raises ConfigError."""
+        assert self.config is not None
+        assert self.launcher is not None
         overrides = OverridesParser.create(config_loader=self.config_loader).parse_overrides(arguments)
-        settings = cast(RandomSweeperConfig, OmegaConf.to_object(self.config.sweeper))
+        settings: RandomSweeperConfig = cast(Any, OmegaConf.to_object(self.config.sweeper))
         return self.launcher.launch(draw_jobs(overrides, n=settings.n, seed=settings.seed), initial_job_idx=0)
 
 
@@ -52,7 +54,8 @@ def draw_jobs(overrides: Sequence[Override], *, n: int | None, seed: int) -> lis
 
     Raises ConfigError, with all problems, for what cannot be drawn from.
     """
-    given = {override.get_key_element(): override for override in overrides}
+    # What chooses the jobs is no setting of a job: more of them later are those of before, and more.
+    given = {one.get_key_element(): one for one in overrides if one.key_or_group.partition(".")[0] != "sweeper"}
     swept = {key: override for key, override in given.items() if override.is_sweep_override()}
     spaces, problems = {}, []
     for key, override in swept.items():

@@ -6,8 +6,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from llmkit.config.arguments import parse_arguments
-from llmkit.config.random_sweep import draw_jobs
 from llmkit.errors import ConfigError
+from llmkit.launchers.random_sweep import draw_jobs
 
 RATE = "training.learning_rate=tag(log,interval(1e-5,1e-3))"
 

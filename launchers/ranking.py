@@ -6,6 +6,8 @@ import sys
 from llmkit import rundir
 from llmkit.launchers.sweep import Sweep, swept_values
 
+MOST_TICKS = 10  # values of a key that are each named on its axis; of more, which a search draws, the names overlap
+
 
 def print_ranking(sweep: Sweep) -> None:
     """The jobs from the best to the worst, then those without a result and why."""
@@ -71,8 +73,9 @@ def plot(sweep: Sweep) -> None:
             panel.plot([x for x, _ in ordered], [y for _, y in ordered], "o-" if len(keys) == 1 else "o")
             if min(numbers) > 0 and max(numbers) / min(numbers) >= 4:
                 panel.set_xscale("log")
+            if len(set(numbers)) <= MOST_TICKS:
                 panel.xaxis.set_minor_formatter(NullFormatter())
-            panel.set_xticks(sorted(set(numbers)), [f"{x:g}" for x in sorted(set(numbers))])
+                panel.set_xticks(sorted(set(numbers)), [f"{x:g}" for x in sorted(set(numbers))])
         panel.set_xlabel(key)
         panel.set_ylabel(sweep.objective)
         panel.grid(alpha=0.3)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -13,7 +14,8 @@ from omegaconf import DictConfig
 from llmkit import rundir
 from llmkit.config import TrainConfig, resolve
 from llmkit.errors import ConfigError, LlmkitError
-from llmkit.launchers import cluster, local
+from llmkit.launchers import cluster, local, local_sweep
+from llmkit.launchers.random_sweep import RandomSweeper
 from llmkit.launchers.sweep import Sweep
 
 HERE = {"local", "packed"}  # launchers whose runs are processes of this machine, begun by this one
@@ -44,13 +46,24 @@ class SweepLauncher(Launcher):
             resolve(self.context.config_loader.load_sweep_config(self.config, list(overrides)))
             for overrides in job_overrides
         ]
-        SweepLauncher.sweep = sweep = _run_sweep(directory, job_overrides, configs)
+        SweepLauncher.sweep = sweep = _run_sweep(directory, job_overrides, configs, swept=self._drawn_keys())
         returns = []
         for job in sweep.jobs_of_this_command:
             record = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
             record.return_value = job.objective
             returns.append(record)
         return returns
+
+    def _drawn_keys(self) -> list[str]:
+        """The keys whose values are drawn (sweeper=random): of few jobs all may have drawn the same."""
+        if self.config.sweeper.name != "random":
+            return []
+        parsed = OverridesParser.create().parse_overrides(list(self.config.hydra.overrides.task))
+        return [override.key_or_group for override in parsed if override.is_sweep_override()]
+
+
+# What `run_composed` makes known to Hydra.
+HYDRA_PLUGINS: dict[str, type] = {"SweepLauncher": SweepLauncher, "RandomSweeper": RandomSweeper}
 
 
 def _not_held(configs: Sequence[TrainConfig]) -> None:
@@ -59,21 +72,24 @@ def _not_held(configs: Sequence[TrainConfig]) -> None:
         cluster.refuse_held_elsewhere(config, Path(config.run_dir))
 
 
-def _run_sweep(directory: Path, overrides: Sequence[Sequence[str]], configs: Sequence[TrainConfig]) -> Sweep:
+def _run_sweep(
+    directory: Path, overrides: Sequence[Sequence[str]], configs: Sequence[TrainConfig], *, swept: Sequence[str]
+) -> Sweep:
     names = {config.launcher.name for config in configs}
     if len(names) > 1:
         raise ConfigError(f"launcher={','.join(sorted(names))}: a sweep has one launcher; choose one of them.")
     here = names <= HERE
     with rundir.lock(directory):
         try:
-            sweep = Sweep.plan(directory, overrides, configs, ready=_not_held if here else cluster.ready)
+            ready = _not_held if here else cluster.ready
+            sweep = Sweep.plan(directory, overrides, configs, ready=ready, swept=swept)
         except LlmkitError:
             (directory / rundir.LOCK).unlink()
             with contextlib.suppress(OSError):  # not empty: what is there is somebody's
                 directory.rmdir()
             raise
         if here:
-            local.run_all(sweep)
+            local_sweep.run_all(sweep)
             sweep.finish()
         else:
             cluster.queue_sweep(sweep)

@@ -59,11 +59,13 @@ class Sweep:
         configs: Sequence[TrainConfig],
         *,
         ready: Callable[[list[TrainConfig]], None],
+        swept: Sequence[str] = (),
     ) -> "Sweep":
         """Check all jobs before any starts; a job that has finished already is kept.
 
         Args:
             ready: checks those that are to run once more, where they are to run.
+            swept: keys that are in a job's name even where, for now, all jobs have the same value.
 
         Raises:
             ConfigError: with the problems of all jobs.
@@ -74,7 +76,7 @@ class Sweep:
             raise ConfigError(
                 "the jobs have different objectives and cannot be ranked; set objective= for all of them."
             )
-        names = job_names(overrides)
+        names = job_names(overrides, swept)
         jobs: list[Job] = []
         problems: dict[str, list[str]] = {}  # the jobs that have each
         for job_overrides, name, config in zip(overrides, names, configs, strict=True):
@@ -199,8 +201,8 @@ class Sweep:
         return EXIT_FAILED if "failed" in statuses else EXIT_PREEMPTED  # preempted, stopped, or never started
 
 
-def swept_values(overrides: Sequence[Sequence[str]]) -> list[dict[str, str]]:
-    """For each job the values of the keys that differ between the jobs; all keys, if none does.
+def swept_values(overrides: Sequence[Sequence[str]], swept: Sequence[str] = ()) -> list[dict[str, str]]:
+    """For each job the values of the keys that differ between the jobs, and of `swept`; all keys, if there is none.
 
     A key is shortened to its last word where that is clear.
     """
@@ -210,16 +212,16 @@ def swept_values(overrides: Sequence[Sequence[str]]) -> list[dict[str, str]]:
         parsed = [override for override in parser.parse_overrides(list(job)) if not override.is_delete()]
         jobs.append({p.key_or_group: p.get_value_element_as_str().strip("'\"") for p in parsed})
     keys = [key for key in dict.fromkeys(key for job in jobs for key in job) if key not in ("name", "run_dir")]
-    varying = [key for key in keys if len({job.get(key) for job in jobs}) > 1] or keys
+    varying = [key for key in keys if key in swept or len({job.get(key) for job in jobs}) > 1] or keys
     words = [key.rpartition(".")[2] for key in varying]
     short = {key: word if words.count(word) == 1 else key for key, word in zip(varying, words, strict=True)}
     return [{short[key]: job[key] for key in varying if key in job} for job in jobs]
 
 
-def job_names(overrides: Sequence[Sequence[str]]) -> list[str]:
+def job_names(overrides: Sequence[Sequence[str]], swept: Sequence[str] = ()) -> list[str]:
     """A directory name per job, from its swept values: a longer sweep of the same keys finds the jobs of a shorter."""
     names: list[str] = []
-    for job, values in zip(overrides, swept_values(overrides), strict=True):
+    for job, values in zip(overrides, swept_values(overrides, swept), strict=True):
         name = re.sub(r"[^\w.=+-]+", "-", "_".join(f"{key}={value}" for key, value in sorted(values.items())))
         name = name.strip("-.") or "job"
         if len(name) > 100 or name in names:

@@ -18,7 +18,7 @@ from llmkit.config.compose import run_composed
 from llmkit.data.progress import now_and_then
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, ConfigError, DataError
 from llmkit.launchers.light_imports import light_imports
-from llmkit.launchers.start import SweepLauncher
+from llmkit.launchers.start import HYDRA_PLUGINS
 
 HELP = """\
 llmkit preview [FILE.yaml] [KEY=VALUE ...] [n=N] [--html [FILE.html]]
@@ -66,7 +66,7 @@ def _preview(argv: list[str]) -> int:
     if arguments.multirun:
         raise ConfigError("-m: a preview shows one config; leave it out, and choose one of the values.")
     composed: list[DictConfig] = []
-    run_composed("train", composed.append, arguments, {"SweepLauncher": SweepLauncher})
+    run_composed("train", composed.append, arguments, HYDRA_PLUGINS)
     return max((_show(config, wanted) for config in composed), default=EXIT_DONE)
 
 

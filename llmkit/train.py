@@ -15,7 +15,7 @@ from llmkit.config.arguments import parse_arguments
 from llmkit.config.compose import groups_in_words, run_composed
 from llmkit.config.resolve import use_absolute_paths
 from llmkit.errors import EXIT_DONE
-from llmkit.launchers.start import SweepLauncher, start_run
+from llmkit.launchers.start import HYDRA_PLUGINS, SweepLauncher, start_run
 from llmkit.rundir import default_run_dir
 
 HELP = """\
@@ -30,6 +30,8 @@ Examples:
   llmkit train                                              the demo: a minute, no GPU, no network
   llmkit train data.path=chats.jsonl model=qwen3_0_6b       your own file
   llmkit train method=lora model=mistral7b -m lora.r=4,8,16 a sweep, ranked at the end
+  llmkit train sweeper=random sweeper.n=20 'training.learning_rate=tag(log,interval(1e-5,1e-3))'
+                                                            a sweep of values that are drawn
   llmkit train my.yaml name=alpha training.max_steps=500    your own config file first, then changes
   llmkit train runs/alpha/config.yaml                       repeat a run
 
@@ -51,7 +53,7 @@ def _train(argv: list[str]) -> int:
         return EXIT_DONE
     composed: list[DictConfig] = []
     SweepLauncher.sweep = None  # of an earlier call in this process
-    run_composed("train", composed.append, arguments, {"SweepLauncher": SweepLauncher})
+    run_composed("train", composed.append, arguments, HYDRA_PLUGINS)
     if SweepLauncher.sweep is not None:
         return SweepLauncher.sweep.exit_code()
     return max((_run(config) for config in composed), default=EXIT_DONE)
@@ -61,7 +63,9 @@ def _run(composed: DictConfig) -> int:
     config = resolve(composed)
     validate(config)
     use_absolute_paths(config)
-    for warning in warnings(config):
+    drawn = composed.sweeper.name == "random"
+    ignored = ["sweeper=random has no effect on a single run; add -m."] if drawn else []
+    for warning in warnings(config) + ignored:
         print(f"warning: {warning}", file=sys.stderr)
     return start_run(config, Path(config.run_dir or default_run_dir(config.name)))
 

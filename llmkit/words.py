@@ -15,7 +15,7 @@ from llmkit.config.compose import run_composed
 from llmkit.config.grammar import split_override
 from llmkit.config.schema import NODES, schema_keys
 from llmkit.errors import ConfigError, did_you_mean
-from llmkit.launchers.start import SweepLauncher
+from llmkit.launchers.start import HYDRA_PLUGINS
 
 YES_OR_NO = "true"  # the placeholder of a word that is true or false
 
@@ -85,5 +85,5 @@ def sort_words(
 def composed(overrides: list[str]) -> TrainConfig:
     """The config that overrides make, as `llmkit train` would read them. Raises ConfigError with all that is wrong."""
     made: list[DictConfig] = []
-    run_composed("train", made.append, parse_arguments(overrides), {"SweepLauncher": SweepLauncher})
+    run_composed("train", made.append, parse_arguments(overrides), HYDRA_PLUGINS)
     return resolve(made[0])

@@ -16,7 +16,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,13 @@ from llmkit.training.checkpoints.manifest import latest
 from llmkit.training.checkpoints.mirror import publish
 from llmkit.training.checkpoints.remote import RemoteRun, run_place
 from llmkit.training.stopping import SIGNALS, StopRequest
+
+# Imported with TRL and PEFT wherever they are installed. With mistral_common, Transformers 5.19 takes another
+# tokenizer, with another template, for models that have a tekken.json: what is trained must not depend on whether
+# vLLM, which brings it, is installed.
+OPTIONAL_LIBRARIES = frozenset({"bitsandbytes", "wandb", "deepspeed", "mlflow", "mistral_common", "vllm", "ray"})
+
+IMPORTED_LATE = ("matplotlib.pyplot",)  # by a run when it comes to it
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,6 +120,19 @@ def settle_in(config: TrainConfig) -> None:
         if os.environ.get("LLMKIT_RANKS") == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
+
+
+def warm_up(configs: Sequence[TrainConfig]) -> None:
+    """Import what workers on these configs will import, which have the same `hardware.env`; load and touch nothing.
+
+    A process that is forked after this has only its own work left to do.
+    """
+    os.environ.update(configs[0].hardware.env)
+    hide_unused_libraries(*configs)
+    _quiet_libraries()
+    with no_garbage_collection():
+        for name in (*sorted({f"llmkit.recipes.{config.recipe}" for config in configs}), *IMPORTED_LATE):
+            importlib.import_module(name)
 
 
 def _train(config: TrainConfig, run_dir: Path, stop: StopRequest) -> dict[str, Any]:
@@ -212,27 +232,26 @@ def no_garbage_collection() -> Iterator[None]:
     atexit.register(gc.unfreeze)  # else libraries in C++ report their objects as leaks at exit
 
 
-def hide_unused_libraries(config: TrainConfig) -> None:
-    """Make optional libraries that this run does not use look absent, as `sys.modules[name] = None` means in Python.
+def hide_unused_libraries(*configs: TrainConfig) -> None:
+    """Make optional libraries that no such run uses look absent, as `sys.modules[name] = None` means in Python.
 
     Importing TRL and PEFT imports them wherever they are installed: bitsandbytes, wandb and their own dependencies cost
     over a second of every start (trl 1.16, peft 0.21).
     """
+    for name in OPTIONAL_LIBRARIES.difference(*map(used_libraries, configs)):
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+
+
+def used_libraries(config: TrainConfig) -> set[str]:
+    """Those of OPTIONAL_LIBRARIES that a run of this config uses."""
     training, tracking = config.training, config.tracking
     used = {
         "bitsandbytes": config.qlora is not None or any(word in training.optim for word in ("8bit", "bnb", "paged")),
         "wandb": tracking.name == "wandb" or "wandb" in tracking.report_to,
         "deepspeed": config.deepspeed.stage > 0,
         "mlflow": "mlflow" in tracking.report_to,
-        # With it, Transformers 5.19 takes another tokenizer, with another template, for models that have a tekken.json:
-        # what is trained must not depend on whether vLLM, which brings it, is installed.
-        "mistral_common": False,
-        "vllm": False,
-        "ray": False,
     }
-    for name, needed in used.items():
-        if not needed:
-            sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+    return {name for name, needed in used.items() if needed}
 
 
 def _quiet_libraries() -> None:

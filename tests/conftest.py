@@ -105,6 +105,7 @@ def compose() -> Callable[..., Any]:
     from llmkit.config.compose import run_composed
     from llmkit.config.registration import register
     from llmkit.errors import ConfigError
+    from llmkit.launchers.start import HYDRA_PLUGINS
 
     composed = SweepLauncher.composed
 
@@ -112,7 +113,7 @@ def compose() -> Callable[..., Any]:
         composed.clear()
         arguments = parse_arguments(list(map(str, words)))
         if arguments.multirun or arguments.switches:
-            run_composed("train", composed.append, arguments, {"SweepLauncher": SweepLauncher})
+            run_composed("train", composed.append, arguments, HYDRA_PLUGINS | {"SweepLauncher": SweepLauncher})
         else:  # the same in half the time: hydra.main composes everything twice
             register()
             if problems := check_overrides(arguments.overrides, multirun=False):

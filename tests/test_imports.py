@@ -22,8 +22,8 @@ FLOORS = [
         *("llmkit.chat", "llmkit.evaluate", "llmkit.answering"),
     ],
     [
-        *("llmkit.launchers", "llmkit.reporting", "llmkit.worker", "llmkit.pack_worker", "llmkit.node"),
-        "llmkit.failure",
+        *("llmkit.launchers", "llmkit.reporting", "llmkit.worker", "llmkit.pack_worker", "llmkit.warm_worker"),
+        *("llmkit.node", "llmkit.failure"),
     ],
     ["llmkit.recipes"],
     ["llmkit.training", "llmkit.serving"],

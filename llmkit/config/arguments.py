@@ -31,12 +31,17 @@ SHOW_INFO = ("--info", "-i")
 SWITCHES = ("--help", "-h", "--hydra-help", "--version", "--resolve", *SHOW_INFO, *SHELL_COMPLETION)
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")  # what may follow --info
 
-HYDRAS_LAUNCHER = "hydra/launcher="  # another word for launcher=, which chooses it
+HYDRAS_WORDS = {  # other words for a choice of ours, which chooses Hydra's side too
+    "hydra/launcher=": "launcher=",
+    "hydra/sweeper=random": "sweeper=random",
+    "hydra/sweeper=grid": "sweeper=grid",
+}
+SWEEPER = "sweeper="  # asks for a sweep, as -m does
 
 # A value whose user has quoted or bracketed it already, and one that Hydra's sweeper makes several of.
 TEXT_LIST = re.compile(r"""\[([^]['"]*)\]""")
 QUOTED_VALUE = re.compile(r"""'.*'|".*"|\[.*\]|\{.*\}""")
-SWEEP_VALUE = re.compile(r"(choice|glob|range|shuffle|sort|interval)\(")
+SWEEP_VALUE = re.compile(r"(choice|glob|range|shuffle|sort|interval|tag)\(")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -76,9 +81,9 @@ def parse_arguments(argv: list[str]) -> Arguments:
         arguments.overrides = words
         return arguments
     layers = []
-    words = [
-        f"launcher={word.removeprefix(HYDRAS_LAUNCHER)}" if word.startswith(HYDRAS_LAUNCHER) else word for word in words
-    ]
+    words = [_in_our_words(word) for word in words]
+    if any(word.startswith(SWEEPER) for word in words) and not arguments.has_switch(*SHOW_CONFIG, *SHOW_INFO):
+        arguments.multirun = True
     while words and _is_config_file(words[0]):
         layers.append(expand_hub_models(file_overrides(Path(words.pop(0)))))
     if strangers := [word for word in words if "=" not in word and not word.startswith("~")]:
@@ -96,6 +101,13 @@ def parse_arguments(argv: list[str]) -> Arguments:
         arguments.overrides = give_way(arguments.overrides, layer) + layer
     arguments.overrides = [_open_mapping(override) for override in imply_groups(arguments.overrides)]
     return arguments
+
+
+def _in_our_words(word: str) -> str:
+    for theirs, ours in HYDRAS_WORDS.items():
+        if word.startswith(theirs):
+            return ours + word.removeprefix(theirs)
+    return word
 
 
 def completion_line(line: str) -> str:

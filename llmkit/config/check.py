@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -77,7 +77,7 @@ def check_overrides(overrides: Sequence[str], *, multirun: bool, config_dir: str
                 problem = _problem(override, schema, multirun=multirun, config_dir=config_dir)
         if problem:
             problems.append(problem)
-    return problems or _node_problems(parsed)
+    return problems or _node_problems(parsed) + _interval_problems(parsed)
 
 
 def _problem(
@@ -87,7 +87,8 @@ def _problem(
     if key.startswith(("hydra.", "hydra/")):
         return ""  # Hydra's own settings
     if override.is_sweep_override() and not multirun:
-        return f"{override.input_line}: several values are a sweep; add -m."
+        more = "sweeper=random sweeper.n=20" if override.is_interval_sweep() else "-m"
+        return f"{override.input_line}: several values are a sweep; add {more}."
     if key == "derived":
         return "derived: llmkit fills it in; set the keys themselves."
     if key in group_names():
@@ -140,9 +141,12 @@ def _values(override: Override) -> list[Any]:
     """The value of an override, or the values a sweep gives it."""
     if not override.is_sweep_override():
         return [override.value()]
-    if override.is_range_sweep() or override.is_interval_sweep():
+    if override.is_range_sweep():
         return []
-    value = override.value()
+    value: Any = override.value()
+    if isinstance(value, IntervalSweep):
+        bounds: list[Any] = [value.start, value.end]
+        return [int(bound) if float(bound).is_integer() else bound for bound in bounds]
     if isinstance(value, Glob):
         return [value]
     return [_plain(item) for item in getattr(value, "list", [])]
@@ -223,6 +227,20 @@ def _node_problems(overrides: list[Override]) -> list[str]:
                 text += f" A sweep makes every combination, so sweep {group}={without[0]} in a command of its own."
             problems.append(text)
     return problems
+
+
+def _interval_problems(overrides: list[Override]) -> list[str]:
+    """`training.learning_rate=interval(1e-5,1e-3)` for a sweeper that makes every combination."""
+    chosen = [_values(override) for override in overrides if override.key_or_group == "sweeper"]
+    elsewhere = any(override.key_or_group in ("hydra/sweeper", "experiment") for override in overrides)
+    if elsewhere or (chosen and chosen[-1] == ["random"]):
+        return []
+    return [
+        f"{override.input_line}: an interval has no end of values; draw from it with sweeper=random sweeper.n=20, or "
+        "list values."
+        for override in overrides
+        if override.is_interval_sweep()
+    ]
 
 
 def missing_node(key: str) -> str:

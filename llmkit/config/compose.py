@@ -22,18 +22,18 @@ def run_composed(
     config_name: str,
     task: Callable[[DictConfig], Any],
     arguments: Arguments,
-    launchers: dict[str, type],
+    plugins: dict[str, type],
 ) -> None:
     """Compose `conf/<config_name>.yaml` with the arguments and call `task` (a sweep: the chosen launcher) on it.
 
     Args:
-        launchers: Hydra launcher classes by name, made known under the namespace that Hydra accepts.
+        plugins: Hydra launchers and sweepers by name, made known under the namespace that Hydra accepts.
 
     Raises:
         ConfigError: lists every problem of the overrides.
     """
     register()
-    _register_launchers(launchers)
+    _register_plugins(plugins)
     if not arguments.completes_shell:
         own_options = arguments.switch_value(*CONFIG_DIR)
         problems = check_switches(arguments)
@@ -69,8 +69,8 @@ def _hydra_environment(argv: list[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = saved_switch
 
 
-def _register_launchers(launchers: dict[str, type]) -> None:
-    """Give the launchers a home in `hydra_plugins`, the one namespace Hydra instantiates plugins from.
+def _register_plugins(plugins: dict[str, type]) -> None:
+    """Give launchers and sweepers a home in `hydra_plugins`, the one namespace Hydra instantiates plugins from.
 
     A real namespace package would be imported at the start of every Hydra program on the machine.
     """
@@ -83,10 +83,10 @@ def _register_launchers(launchers: dict[str, type]) -> None:
         namespace.__path__ = []
         sys.modules["hydra_plugins"] = namespace
     module = types.ModuleType("hydra_plugins.llmkit_launchers")
-    for name, launcher in launchers.items():
-        setattr(module, name, launcher)
-        launcher.__module__ = module.__name__
-        Plugins.instance().register(launcher)
+    for name, plugin in plugins.items():
+        setattr(module, name, plugin)
+        plugin.__module__ = module.__name__
+        Plugins.instance().register(plugin)
     sys.modules[module.__name__] = module
 
 

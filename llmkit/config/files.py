@@ -39,7 +39,7 @@ SPLITS = ("validation", "test")
 def save(config: TrainConfig, run_dir: Path) -> None:
     """Write `config` to `<run_dir>/config.yaml`, without its own place, so that the file repeats the run elsewhere."""
     values = dataclasses.asdict(config)
-    del values["name"], values["run_dir"]
+    del values["name"], values["run_dir"], values["sweeper"]
     values = _literal(values)
     head = f"# Repeat this run: llmkit train {run_dir / rundir.CONFIG}\n"
     durable.write_text(run_dir / rundir.CONFIG, head + OmegaConf.to_yaml(OmegaConf.create(values)))

@@ -10,13 +10,22 @@ from llmkit.config.setting import setting
 
 
 @dataclass(kw_only=True, slots=True)
-class LocalLauncherConfig:
+class MachineLauncherConfig:
+    """What all launchers have in common whose runs are processes of this machine."""
+
+    warm: bool = setting(
+        True, "Fork the jobs of a sweep from one process that has imported the libraries; false: each imports them."
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class LocalLauncherConfig(MachineLauncherConfig):
     name: str = setting("local", "The option of the launcher group.")
     max_parallel: int | None = setting(None, "Jobs of a sweep at a time; unset: one per GPU, one on a CPU.", ge=1)
 
 
 @dataclass(kw_only=True, slots=True)
-class PackedLauncherConfig:
+class PackedLauncherConfig(MachineLauncherConfig):
     name: str = setting("packed", "The option of the launcher group.")
     width: int | None = setting(
         None, "Runs that train at a time on one base; unset: as many as keep the device busy and fit.", ge=1

@@ -44,6 +44,7 @@ def resolve(config: DictConfig) -> TrainConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     resolved = TrainConfig(**values)
+    resolved.sweeper = None  # it has chosen the runs, of which this is one
     reach_with(resolved.storage)
     adopt_init_from(resolved)
     if resolved.training.learning_rate is None:

@@ -14,6 +14,7 @@ from typing import Any, get_origin
 from llmkit.config.launcher_schema import LAUNCHERS, LocalLauncherConfig
 from llmkit.config.serving_schema import ExportConfig, ServeConfig
 from llmkit.config.setting import setting
+from llmkit.config.sweeper_schema import SWEEPERS, GridSweeperConfig
 
 RECIPES = ("sft", "dpo")
 METHODS = ("full", "freeze", "lora", "qlora")
@@ -439,6 +440,7 @@ class TrainConfig:
     serve: ServeConfig = field(default_factory=ServeConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     launcher: Any = None
+    sweeper: Any = None
     derived: list[str] = setting([], "Keys llmkit filled in; a run repeated from its config.yaml derives them anew.")
 
 
@@ -457,6 +459,7 @@ GROUPS: dict[str, type] = {
     "tracking": TrackingConfig,
     "serve": ServeConfig,
     "launcher": LocalLauncherConfig,
+    "sweeper": GridSweeperConfig,
 }
 # Nodes that exist only with some options of a group, `Any` at the root.
 OPTIONAL_NODES: dict[str, type] = {"lora": LoraConfig, "qlora": QloraConfig, "freeze": FreezeConfig, "dpo": DpoConfig}
@@ -466,7 +469,7 @@ NODES_OF_OPTION: dict[str, dict[str, tuple[str, ...]]] = {
     "method": {"full": (), "freeze": ("freeze",), "lora": ("lora",), "qlora": ("lora", "qlora")},
 }
 # Groups each of whose options is typed by a dataclass of its own; the one among GROUPS is the default's.
-TYPES_OF_OPTION: dict[str, dict[str, type]] = {"launcher": LAUNCHERS}
+TYPES_OF_OPTION: dict[str, dict[str, type]] = {"launcher": LAUNCHERS, "sweeper": SWEEPERS}
 # Nodes without a group: no option of theirs is worth a file.
 PLAIN_NODES: dict[str, type] = {"storage": StorageConfig, "export": ExportConfig}
 # The dataclass of every node.

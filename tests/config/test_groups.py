@@ -14,7 +14,8 @@ from llmkit.config.schema import GROUPS, METHODS
 CONF = Path(llmkit.__file__).parent / "conf"
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
 EXPERIMENTS = group_options("experiment")
-OPTIONS = [(group, option) for group in ("recipe", *GROUPS) for option in group_options(group)]
+RUNS_GROUPS = [group for group in ("recipe", *GROUPS) if group != "sweeper"]  # which makes several configs
+OPTIONS = [(group, option) for group in RUNS_GROUPS for option in group_options(group)]
 
 # What an option cannot do without.
 NEEDED = {

@@ -96,6 +96,28 @@ def test_ranges_globs_and_several_keys_make_the_jobs_hydra_makes(run_llmkit, tmp
     assert names == {f"learning_rate={rate}_r={r}" for rate in ("0.001", "0.01") for r in (2, 4)}
 
 
+def test_a_longer_random_search_keeps_the_runs_of_a_shorter_one_and_adds_to_them(run_llmkit, tmp_path):
+    rate = "training.learning_rate=tag(log,interval(1e-4,1e-2))"
+    command = ("train", "sweeper=random", rate, "lora.r=choice(2,4)", "name=search", *FAST)
+
+    first = run_llmkit(*command, "sweeper.n=1")
+    assert first.returncode == 0, first.stderr
+    (kept,) = sweep_of(tmp_path / "runs/search")
+    written = (tmp_path / kept["run_dir"] / "result.json").stat().st_mtime_ns
+    second = run_llmkit(*command, "sweeper.n=3")
+
+    assert second.returncode == 0, second.stderr
+    assert "2 jobs to run; 1 finished before and are kept" in second.stdout
+    jobs = sweep_of(tmp_path / "runs/search")
+    assert jobs[0] == kept
+    assert (tmp_path / kept["run_dir"] / "result.json").stat().st_mtime_ns == written
+    assert [job["status"] for job in jobs] == ["completed"] * 3
+    for job in jobs:
+        config = load(tmp_path / job["run_dir"])
+        assert Path(job["run_dir"]).name == f"learning_rate={config.training.learning_rate}_r={config.lora.r}"
+    assert "ranked by eval_loss" in second.stdout
+
+
 def test_hydras_own_sweep_directory_is_honoured(run_llmkit, tmp_path):
     done = run_llmkit("train", "-m", "seed=1", "hydra.sweep.dir=mine", "training.max_steps=1", "evaluation=off")
 
@@ -279,16 +301,19 @@ def test_a_run_directory_has_one_writer(tmp_path, run_llmkit):
 def test_every_job_and_every_single_run_is_given_one_visible_gpu(run_llmkit, tmp_path, words, seen):
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
-        "if 'LLMKIT_DRIVER' in os.environ:\n"
-        "    with open(os.environ['SEEN'], 'a') as file:\n"
-        "        file.write(os.environ['CUDA_VISIBLE_DEVICES'] + '\\n')\n"
+        "def see(event, words):\n"
+        "    if event == 'open' and str(words[0]).endswith('loss.png'):\n"
+        "        with open(os.environ['SEEN'], 'a') as file:\n"
+        "            file.write(f\"{os.getpid()}:{os.environ['CUDA_VISIBLE_DEVICES']}\\n\")\n"
+        "sys.addaudithook(see)\n"
     )
     env = {"CUDA_VISIBLE_DEVICES": "3,5", "SEEN": str(tmp_path / "seen"), "PYTHONPATH": f"{tmp_path}:{CHECKOUT}"}
 
     done = run_llmkit("train", *words, "name=two", "training.max_steps=1", "evaluation=off", env=env)
 
     assert done.returncode == 0, done.stderr
-    assert sorted((tmp_path / "seen").read_text().split()) == seen
+    workers = set((tmp_path / "seen").read_text().split())
+    assert sorted(worker.partition(":")[2] for worker in workers) == seen
 
 
 def test_a_run_imports_no_optional_library_that_it_does_not_use(run_llmkit):

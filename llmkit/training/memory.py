@@ -78,6 +78,13 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
+def memory_in_use(device: torch.device) -> int:
+    """Bytes in use now: of the GPU by tensors, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return sizes_in("/proc/self/status").get("VmRSS", 0)
+
+
 def reset_peak(device: torch.device) -> None:
     """Free what nobody holds, and measure the peak from here on."""
     gc.collect()

@@ -28,7 +28,7 @@ from llmkit.training.final_test import measure_test
 from llmkit.training.generation import AnswerGenerator
 from llmkit.training.memory import peak_memory
 from llmkit.training.metrics import MetricsFile, draw_losses, last_tokens, mean_loss
-from llmkit.training.pack.pack import join_pack
+from llmkit.training.pack.pack import device_seconds, join_pack
 from llmkit.training.ranks import any_rank, gathered, is_main
 from llmkit.training.ready import Ready
 from llmkit.training.saves import Saves
@@ -263,6 +263,7 @@ class Session:
         train_loss = mean_loss(records)
         figures = {**self.figures, "train_loss": train_loss}
         devices = config.hardware.num_processes * config.hardware.num_nodes
+        used = device_seconds(seconds) * devices
         price = config.hardware.price_per_hour
         return {
             "status": "preempted" if self.stopped else "completed",
@@ -281,8 +282,8 @@ class Session:
             "seconds": round(seconds, 2),
             "device": (f"{devices} x " if devices > 1 else "") + device_name(self.trainer.args.device),
             "engine": self.engine,
-            "device_seconds": round(seconds * devices, 2),
-            "cost": None if price is None else round(seconds * devices / 3600 * price, 4),
+            "device_seconds": round(used, 2),
+            "cost": None if price is None else round(used / 3600 * price, 4),
             "base_model": base_model(config),
             "final_is": self.final_is,
             "method": config.method.name,

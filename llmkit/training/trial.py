@@ -14,7 +14,8 @@ from llmkit.training.console import RunConsole
 from llmkit.training.engine import is_sharded
 from llmkit.training.facts import device_name
 from llmkit.training.longest_batch import LongestBatches, Outcome, Setting
-from llmkit.training.memory import in_units, reset_peak
+from llmkit.training.memory import in_units, memory_in_use, reset_peak
+from llmkit.training.pack.pack import note_room
 
 MANY = 0.2  # of the rows
 SHORTEST_TRIED = 8  # tokens, the least that data.max_length takes
@@ -33,7 +34,9 @@ def run_trial(trainer: Any, config: TrainConfig, console: RunConsole) -> list[Ou
         console.fact("trial", "left out: the engine divides the model only when training starts")
         return []
     batches = LongestBatches(trainer, config)
+    before = memory_in_use(batches.device)
     outcomes = batches.run(batches.asked)
+    note_room(before=before, needed=outcomes[0].needed, there=batches.capacity)
     failed = next((outcome for outcome in outcomes if outcome.problem), None)
     if failed:
         there = f"{device_name(batches.device)} with {in_units(batches.capacity)}"

@@ -5,6 +5,7 @@ would apply the decoder to a batch, it waits until the others are there too; the
 and each goes on with its own part: head, loss, gradient of that. The gradients go back together likewise.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -17,10 +18,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llmkit.config import TrainConfig
+from llmkit.training.advice import is_out_of_memory
 from llmkit.training.longest_batch import row_lengths
+from llmkit.training.memory import in_units
 from llmkit.training.pack.process_state import Output, ProcessState
 from llmkit.training.pack.shared_base import sharing_weights
-from llmkit.training.pack.trunk import JointStep, JointTrunk, can_join, replaced_layers
+from llmkit.training.pack.trunk import JointStep, JointTrunk, can_join, own_dropout, replaced_layers
 from llmkit.training.pack.turns import Turn
 
 # Tokens in a step from which on a matrix product does not get faster by having more of them: on a CPU about 128 (seen
@@ -39,6 +42,8 @@ class Member:
         self.pack, self.config, self.run_dir = pack, config, run_dir
         self.layers: dict[str, nn.Module] = {}
         self.micro_batches = 0
+        self.device_seconds = 0.0  # its part of the time that the pack has trained
+        self.began = time.monotonic()
         self.state = ProcessState(pack.output, log)
         self.turn: Turn | None = None
         self._part: torch.Tensor | None = None  # of a joint step, until its gradient is there
@@ -108,6 +113,8 @@ class Pack:
         self._base: tuple[PreTrainedModel, list[int]] | None = None
         self._trunk: JointTrunk | None = None
         self._micro_batches = self._apart = 0
+        self._told = time.monotonic()  # until when its runs have been told what part of the device they had
+        self.room: tuple[int, int, int] | None = None  # bytes: in use before a step of the first run, at most, there
 
     def base(self, load: Callable[[], tuple[PreTrainedModel, list[int]]]) -> tuple[PreTrainedModel, list[int]]:
         """The base that all share, loaded by the first who asks: each gets modules of its own around its weights."""
@@ -127,15 +134,40 @@ class Pack:
             autocast=trainer.accelerator.autocast,
             checkpointing=args.gradient_checkpointing,
         )
+        self.width, why = self._choose_width(trainer)
+        self._say(f"{self._count} runs on one base, {_at_a_time(self.width)}: {why}")
+
+    def _choose_width(self, trainer: Any) -> tuple[int, str]:
+        """How many runs train at a time, and why."""
+        args = trainer.args
+        if drawing := own_dropout(trainer.model.get_base_model().base_model):
+            return 1, f"the model's own dropout ({drawing}) would draw other numbers for joint batches"
+        if self._width_asked:
+            return min(self._width_asked, self._count), f"launcher.width={self._width_asked}"
         tokens = int(row_lengths(trainer.train_dataset).mean() * args.per_device_train_batch_size)
         enough = ENOUGH_TOKENS[args.device.type]
-        fitting = max(enough // max(tokens, 1), 1)
-        self.width = min(self._width_asked or fitting, self._count)
-        how = f"a micro-batch has {tokens} tokens, and about {enough} keep this device busy"
-        if self._width_asked:
-            how = f"launcher.width={self._width_asked}"
-        together = "one after the other" if self.width == 1 else f"{self.width} at a time"
-        print(f"{'pack':<10} {self._count} runs on one base, {together}: {how}", file=self.output.own, flush=True)
+        busy = max(enough // max(tokens, 1), 1)
+        if self.room is not None:
+            before, needed, there = self.room
+            fitting = max((there - before) // max(needed - before, 1), 1)
+            if fitting < min(busy, self._count):
+                each = in_units(needed - before)
+                return fitting, f"each takes {each}, and {in_units(there - before)} are left beside the base"
+        return min(busy, self._count), f"a micro-batch has {tokens} tokens, and about {enough} keep this device busy"
+
+    def device_seconds(self, member: Member) -> float:
+        """The part of the time so far that a run has had the device, which runs that train together share equally."""
+        self._count_time()
+        return member.device_seconds
+
+    def _count_time(self) -> None:
+        now = time.monotonic()
+        for member in self._training:
+            member.device_seconds += (now - self._told) / len(self._training)
+        self._told = now
+
+    def _say(self, text: str) -> None:
+        print(f"{'pack':<10} {text}", file=self.output.own, flush=True)
 
     def run(self) -> None:
         """Run all to their ends."""
@@ -146,10 +178,11 @@ class Pack:
                 self._step()
         how = "all of them together" if not self._apart else f"{self._apart} of them by themselves"
         if self._micro_batches:
-            print(f"{'pack':<10} {self._micro_batches} micro-batches, {how}", file=self.output.own, flush=True)
+            self._say(f"{self._micro_batches} micro-batches, {how}")
 
     def _start(self, member: Member) -> None:
         member.start(lambda: self._work(member.config, member.run_dir))
+        self._count_time()
         # Beside the others from its first step on, however many they have done.
         member.micro_batches = min((other.micro_batches for other in self._training), default=0)
         self._training.append(member)
@@ -159,29 +192,54 @@ class Pack:
         assert member.turn is not None
         member.turn.go(answer)
         if member.turn.ended:
+            self._count_time()
             self._training.remove(member)
 
     def _step(self) -> None:
         """A micro-batch of those that are furthest behind: all of them, unless one has just joined."""
         fewest = min(member.micro_batches for member in self._training)
-        members = [member for member in self._training if member.micro_batches == fewest]
+        members = [member for member in self._training if member.micro_batches == fewest][: self.width]
+        batches = [member.turn.asks for member in members if member.turn is not None]
+        step = self._forward(members, batches) if len(members) > 1 and can_join(batches) else None
+        if step is None and self.width < len(members):  # it does not fit, and is tried with fewer
+            return
         for member in members:
             member.micro_batches += 1
-        batches = [member.turn.asks for member in members if member.turn is not None]
         self._micro_batches += len(members)
-        if len(members) == 1 or not can_join(batches):
+        if step is None:
             self._apart += len(members)
             for member in members:
                 self._go(member, ALONE)
             return
-        assert self._trunk is not None
-        step: JointStep = self._trunk.forward(members, batches)
         for member, part in zip(members, step.hidden, strict=True):
             self._go(member, part)
-        step.backward()
+        answer: Exception | None = None
+        try:
+            step.backward()
+        except RuntimeError as error:  # each run says it, and what may help
+            answer = error
         for member in members:
             if member in self._training and member.turn is not None and not member.turn.asks:
-                self._go(member)
+                self._go(member, answer)
+
+    def _forward(self, members: Sequence[Member], batches: Sequence[dict[str, Any]]) -> JointStep | None:
+        """A joint step; None, with a smaller width from now on, where memory does not suffice."""
+        assert self._trunk is not None
+        numbers = [member.state.random() for member in members]
+        try:
+            return self._trunk.forward(members, batches)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        for member, before in zip(members, numbers, strict=True):
+            member.state.set_random(before)
+        self.width = len(members) // 2
+        self._say(f"no room for {len(members)} runs at a time; {_at_a_time(self.width)} from now on")
+        return None
+
+
+def _at_a_time(width: int) -> str:
+    return "one after the other" if width == 1 else f"{width} at a time"
 
 
 def shared_or_own(load: Callable[[], tuple[PreTrainedModel, list[int]]]) -> tuple[PreTrainedModel, list[int]]:
@@ -194,3 +252,18 @@ def join_pack(trainer: Any) -> None:
     """Have the steps of the run that asks be joint ones from now on, if it is one of a pack."""
     if member := _member.get():
         member.join(trainer)
+
+
+def device_seconds(seconds: float) -> float:
+    """Of the time that the run which asks has taken so far, the part in which it had the device for itself."""
+    member = _member.get()
+    if member is None:
+        return seconds
+    earlier = max(seconds - (time.monotonic() - member.began), 0.0)  # in the sessions before this one
+    return earlier + member.pack.device_seconds(member)
+
+
+def note_room(*, before: int, needed: int, there: int) -> None:
+    """Tell the pack of the run that asks what its longest batch takes (bytes): in use before it, at most, and there."""
+    if (member := _member.get()) and member.pack.room is None:
+        member.pack.room = before, needed, there

@@ -191,6 +191,23 @@ def replaced_layers(trunk: nn.Module, within: str = "") -> dict[str, nn.Module]:
     return found
 
 
+def own_dropout(trunk: nn.Module) -> str:
+    """The names of a decoder's own dropouts that are on, adapters left out; empty if there are none."""
+    replaced = tuple(f"{name}." for name in replaced_layers(trunk))
+    modules = [
+        name
+        for name, module in trunk.named_modules()
+        if isinstance(module, nn.Dropout) and module.p > 0 and not name.startswith(replaced)
+    ]
+    settings: dict[str, Any] = trunk.config.to_dict()  # type: ignore[union-attr, operator]
+    functional = [
+        name
+        for name, value in settings.items()
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float) and value > 0
+    ]
+    return ", ".join(functional or modules[:1])
+
+
 def join(owners: Sequence[Owner], batches: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[Rows]]:
     """One batch of all, rows below rows, the shorter ones padded at their end; and whose they are."""
     lengths = [batch["input_ids"].shape[1] for batch in batches]

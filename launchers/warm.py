@@ -22,6 +22,7 @@ from llmkit.warm_worker import Order
 from llmkit.worker import used_libraries
 
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
+SECONDS_TO_END = 10.0  # that a process has which has closed its line
 ENVIRONMENT = {
     # What has threads cannot be forked; jemalloc, which pyarrow brings, would have one to give back memory.
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
@@ -196,7 +197,10 @@ class _WarmProcess:
         self._said.close()
 
     def _last_words(self) -> str:
-        code = self._process.wait()
+        try:
+            code = self._process.wait(timeout=SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            return "the process that workers are forked from does not answer"
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         self._said.seek(0)
         said = self._said.read().decode(errors="replace").strip().splitlines()

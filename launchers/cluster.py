@@ -260,7 +260,9 @@ def exit_code_of(run_dir: Path) -> int:
         return record.exit_code
     if result is None:
         return EXIT_FAILED
-    codes = {"completed": EXIT_DONE, "preempted": EXIT_PREEMPTED, "stopped": EXIT_PREEMPTED}
+    if rundir.is_over(result):
+        return EXIT_DONE
+    codes = {"preempted": EXIT_PREEMPTED, "stopped": EXIT_PREEMPTED}
     return codes.get(result["status"], EXIT_FAILED)
 
 

@@ -87,7 +87,7 @@ class _Job:
         self._wait_for_the_directory()
         record = JobRecord.read(self.run_dir)
         assert record is not None, "the driver writes it before it lets go of the lock"
-        if (rundir.read_result(self.run_dir) or {}).get("status") == "completed":
+        if rundir.is_over(rundir.read_result(self.run_dir)):
             record.state, record.exit_code = ENDED, EXIT_DONE  # on a node that had been given up
             record.write(self.run_dir)
             return EXIT_DONE

@@ -25,7 +25,7 @@ def finished_result(config: TrainConfig, run_dir: Path) -> dict | None:
     if not (run_dir / rundir.CONFIG).exists():
         return None
     result = rundir.read_result(run_dir)
-    finished = result is not None and result["status"] == "completed"
+    finished = _is_over(config, result)
     earlier = load(run_dir)
     changed = differences(earlier, config)
     if changed and (finished or _has_trained(run_dir)):
@@ -60,8 +60,15 @@ def finished_elsewhere(config: TrainConfig, run_dir: Path) -> tuple[str, dict] |
         if result is None and not remote.checkpoints():  # nothing was trained that could be mixed up
             return None
         raise other_config(f"{place.url} holds a run", changed)
-    finished = result is not None and result["status"] == "completed" and not config.resume_allow
+    finished = _is_over(config, result) and not config.resume_allow
     return (place.url, result) if result is not None and finished else None
+
+
+def _is_over(config: TrainConfig, result: dict | None) -> bool:
+    """As `rundir.is_over`; a run that early_stop has ended goes on once early_stop=none is asked for."""
+    if result is not None and config.early_stop.name == "none":
+        return result["status"] == "completed"
+    return rundir.is_over(result)
 
 
 def is_finished(config: TrainConfig, run_dir: Path) -> bool:
@@ -147,7 +154,7 @@ def prepare(config: TrainConfig, run_dir: Path) -> IO[str]:
     if config.resume == "never":
         _move_aside(run_dir)
     result = rundir.read_result(run_dir)
-    if result is not None and result["status"] == "completed" and not config.resume_allow:
+    if _is_over(config, result) and not config.resume_allow:
         lock.close()
         raise ConfigError(f"{run_dir} has just been finished by another process; nothing was changed.")
     if _has_trained(run_dir):

@@ -33,6 +33,7 @@ class Job:
     status: str = "waiting"
     objective: float | None = None
     error: str | None = None
+    is_over: bool = False  # completed, or ended by early_stop
     recorded: str | None = None  # how sweep.json names the directory, where whoever wrote it saw it elsewhere
     started: float | None = None  # on this process's clock, if it saw the start
 
@@ -93,7 +94,7 @@ class Sweep:
                 if result is None and (elsewhere := finished_elsewhere(config, job.run_dir)):
                     _, result = elsewhere
                 if result:
-                    job.status, job.objective = result["status"], result["objective"]
+                    job.status, job.objective, job.is_over = result["status"], result["objective"], True
             except ConfigError as error:
                 for problem in error.problems:
                     problems.setdefault(problem, []).append(name)
@@ -173,6 +174,7 @@ class Sweep:
             job.error = f"its process ended without a result{said}; see {job.run_dir / 'console.log'}"
         else:
             job.status, job.objective, job.error = result["status"], result.get("objective"), result.get("error")
+            job.is_over = rundir.is_over(result)
         self.write()
         reason = f": {job.error.splitlines()[0]}" if job.error else ""
         value = "" if job.objective is None else f"   {self.objective} {job.objective:.4g}"
@@ -180,8 +182,9 @@ class Sweep:
         print(f"{job.status:<7} {job.run_dir.name}{value}{took}{reason}", flush=True)
 
     def ranked(self) -> list[Job]:
-        """Jobs with a finite objective, the best first."""
-        done = [job for job in self.jobs_of_this_command if job.objective is not None and math.isfinite(job.objective)]
+        """Completed jobs with a finite objective, the best first."""
+        completed = [job for job in self.jobs_of_this_command if job.status == "completed"]
+        done = [job for job in completed if job.objective is not None and math.isfinite(job.objective)]
         return sorted(done, key=lambda job: job.objective or 0.0, reverse=self.objective in MAXIMIZED)
 
     def finish(self) -> None:
@@ -194,9 +197,9 @@ class Sweep:
         make_report(self)
 
     def exit_code(self) -> int:
-        """0 if all jobs are completed or go on without us; 75 if some were stopped; 1 if any failed."""
-        statuses = {job.status for job in self.jobs_of_this_command}
-        if statuses <= {"completed", "queued", "running"}:
+        """0 if all jobs are over or go on without us; 75 if some were stopped by a signal; 1 if any failed."""
+        statuses = {job.status for job in self.jobs_of_this_command if not job.is_over}
+        if statuses <= {"queued", "running"}:
             return EXIT_DONE
         return EXIT_FAILED if "failed" in statuses else EXIT_PREEMPTED  # preempted, stopped, or never started
 

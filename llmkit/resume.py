@@ -89,7 +89,7 @@ def _from_bucket(url: str, words: list[str]) -> Path | None:
         runs = sorted(folder for folder, _, file in (name.partition("/") for name in names) if file == rundir.CONFIG)
         below = f" Runs below it: {', '.join(runs[:10])}." if runs else ""
         raise ConfigError(f"{url} holds no run: there is no {rundir.CONFIG} there.{below}")
-    if (remote.result() or {}).get("status") == "completed" and not words:
+    if rundir.is_over(remote.result()) and not words:
         print(f"{url} holds this run, finished; its model is in {url}/{rundir.FINAL}. Nothing to do.")
         return None
     above, _, name = url.rpartition("/")
@@ -112,7 +112,7 @@ def _from_bucket(url: str, words: list[str]) -> Path | None:
 
 def newest_unfinished(runs: Path) -> Path:
     """The run below `runs` that was last at work and has not finished. Raises ConfigError if there is none."""
-    unfinished = [path for path in _runs(runs) if (rundir.read_result(path) or {}).get("status") != "completed"]
+    unfinished = [path for path in _runs(runs) if not rundir.is_over(rundir.read_result(path))]
     at_work = [path for path in unfinished if rundir.is_locked(path)]
     unfinished = [path for path in unfinished if path not in at_work]
     if not unfinished:

@@ -44,6 +44,7 @@ RESULT_KEYS = (
     "test",  # figures on data.test, each with its 95% interval
     "objective",
     "objective_name",
+    "early_stop",  # where the run stood at the rung at which early_stop ended it; null for any other end
     "base",  # the figures of the model before training
     "tokens",
     "tokens_per_second",
@@ -85,6 +86,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def read_result(run_dir: Path) -> dict[str, Any] | None:
     """The run's `result.json`, or None while there is none."""
     return read_json(run_dir / RESULT)
+
+
+def is_over(result: dict[str, Any] | None) -> bool:
+    """Whether nothing is left to do for a run of that result: it is completed, or early_stop has ended it."""
+    return result is not None and (result["status"] == "completed" or result.get("early_stop") is not None)
 
 
 def write_result(run_dir: Path, **known: Any) -> None:

@@ -154,7 +154,8 @@ def _end(result: dict[str, Any], config: TrainConfig, run_dir: Path) -> int:
     """Record the result, and do what is left to do with it; returns the exit code."""
     rundir.write_result(run_dir, **result)
     if result["status"] != "completed":
-        return _publish(config, run_dir, EXIT_PREEMPTED)
+        code = _publish(config, run_dir, EXIT_PREEMPTED)
+        return EXIT_DONE if rundir.is_over(result) and code == EXIT_PREEMPTED else code
     code = _publish(config, run_dir, EXIT_DONE)
     if config.training.save_steps is None:  # those that were made have done their duty
         shutil.rmtree(run_dir / rundir.CHECKPOINTS, ignore_errors=True)

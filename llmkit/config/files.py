@@ -18,7 +18,7 @@ from llmkit.errors import ConfigError
 # Where a run lives, how it is started, saved and watched is not what it computes.
 NOT_COMPARED = (
     *("name", "run_dir", "resume", "resume_allow", "derived"),
-    *("launcher", "checkpoint", "storage", "tracking", "serve", "export"),
+    *("launcher", "checkpoint", "storage", "tracking", "serve", "export", "early_stop"),
     *("training.save_steps", "data.num_proc"),
     *("hardware.node_rank", "hardware.rendezvous"),
     *("hardware.name", "hardware.memory_gib", "hardware.precisions", "hardware.price_per_hour"),

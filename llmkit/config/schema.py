@@ -340,6 +340,19 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class EarlyStopConfig:
+    """Which runs of a sweep are stopped before their last step; see training/rungs.py."""
+
+    name: str = setting("none", "The option of the early_stop group.")
+    min_steps: float = setting(
+        0.1, "The first rung, where runs are compared: steps, or below 1 a share of the run.", gt=0
+    )
+    reduction_factor: int = setting(
+        3, "Each next rung is that many times as far, and one run in so many goes on to it.", ge=2
+    )
+
+
+@dataclass(kw_only=True, slots=True)
 class EvaluationConfig:
     examples: int = setting(
         64,
@@ -435,6 +448,7 @@ class TrainConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
@@ -456,6 +470,7 @@ GROUPS: dict[str, type] = {
     "training": TrainingConfig,
     "checkpoint": CheckpointConfig,
     "evaluation": EvaluationConfig,
+    "early_stop": EarlyStopConfig,
     "tracking": TrackingConfig,
     "serve": ServeConfig,
     "launcher": LocalLauncherConfig,

@@ -3,6 +3,7 @@
 import shlex
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,9 +29,10 @@ from llmkit.training.final_test import measure_test
 from llmkit.training.generation import AnswerGenerator
 from llmkit.training.memory import peak_memory
 from llmkit.training.metrics import MetricsFile, draw_losses, last_tokens, mean_loss
-from llmkit.training.pack.pack import device_seconds, join_pack
+from llmkit.training.pack.pack import compare_in_pack, device_seconds, join_pack
 from llmkit.training.ranks import any_rank, gathered, is_main
 from llmkit.training.ready import Ready
+from llmkit.training.rungs import RungFiles, Rungs, compares, rung_steps
 from llmkit.training.saves import Saves
 from llmkit.training.stopping import StopRequest
 from llmkit.training.tracking import NoTracker, start_tracker
@@ -93,6 +95,13 @@ class Session:
         self.saves.begin(trainer, stop, self.metrics, self.tracker)
         self._at_begin = AtBegin(self._state_engine, lambda: join_pack(trainer))
         trainer.add_callback(self._at_begin)
+        self.rungs: Rungs | None = None
+        if config.early_stop.name == "halving" and compares(run_dir):
+            steps = rung_steps(config.early_stop, total_steps(config.training, len(self.data.train.dataset)))
+            factor = config.early_stop.reduction_factor
+            self.rungs = Rungs(steps, compare_in_pack() or RungFiles(run_dir, factor=factor))
+            trainer.add_callback(self.rungs)
+            console.fact("rungs", f"compared with the sweep's other runs after {', '.join(map(str, steps))} steps")
         if self.tracker.where:
             console.fact("tracking", self.tracker.where)
 
@@ -198,6 +207,9 @@ class Session:
         """Write `final/` and return the contents of result.json."""
         if self.stopped:
             self.trainer.writer.wait()
+            if self.rungs is not None and self.rungs.verdict is not None:
+                self.console.fact("stopped", f"{self.rungs.verdict.in_words()}, saved; early_stop=none goes on")
+                return self._result()
             by, step = self.stop.signal or "a signal to another rank", self.trainer.state.global_step
             self.console.fact("stopped", f"by {by} at step {step}, saved; llmkit resume {self.run_dir} goes on")
             return self._result()
@@ -265,9 +277,14 @@ class Session:
         devices = config.hardware.num_processes * config.hardware.num_nodes
         used = device_seconds(seconds) * devices
         price = config.hardware.price_per_hour
+        verdict = self.rungs.verdict if self.rungs is not None else None
+        if verdict is not None:
+            figures["eval_loss"] = self.metrics.eval_loss_at(state.global_step)
+        ended = "stopped" if verdict is not None else "preempted" if self.stopped else "completed"
         return {
-            "status": "preempted" if self.stopped else "completed",
-            "error": None,
+            "status": ended,
+            "error": verdict.in_words() if verdict is not None else None,
+            "early_stop": asdict(verdict) if verdict is not None else None,
             "steps": state.global_step,
             "train_loss": train_loss,
             "eval_loss": figures.get("eval_loss"),

@@ -101,3 +101,39 @@ def test_each_device_gets_a_pack_where_there_are_jobs_enough(job):
 )
 def test_a_run_that_would_touch_the_base_stays_alone(job, words, reason):
     assert reason in why_not(job("one", *words).config)
+
+
+HALVING = ["-m", "training.learning_rate=1e-4,3e-4,3e-3,1e-2", "early_stop=halving", "early_stop.reduction_factor=2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [["launcher=packed", "launcher.width=4"], ["launcher=packed"], ["launcher=local"]])
+def test_runs_that_are_behind_at_a_rung_stop_there_and_the_winner_is_as_if_alone(run_llmkit, tmp_path, launcher):
+    few = ["training.max_steps=20", "early_stop.min_steps=5", "training.logging_steps=1", "evaluation=off"]
+    done = run_llmkit("train", "name=half", *launcher, *few, *HALVING)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = {
+        job["run_dir"]: rundir.read_result(tmp_path / job["run_dir"]) for job in sweep_of(tmp_path / "runs/half")
+    }
+
+    stopped = [result for result in results.values() if result["status"] == "stopped"]
+    assert stopped
+    for result in stopped:
+        assert result["early_stop"]["step"] == result["steps"]
+        assert f"place {result['early_stop']['place']} of " in result["error"]
+    if launcher[0] == "launcher=packed":  # all are compared: 4, 2, 1
+        assert sorted(result["steps"] for result in results.values()) == [5, 5, 10, 20]
+
+    winner = min(
+        (place for place in results if results[place]["status"] == "completed"),
+        key=lambda place: results[place]["eval_loss"],
+    )
+    rate = winner.partition("learning_rate=")[2]
+    alone = run_llmkit("train", "name=alone", f"training.learning_rate={rate}", *[w for w in few if "early" not in w])
+    assert alone.returncode == 0, alone.stderr
+    files = [run / rundir.FINAL / "adapter_model.safetensors" for run in (tmp_path / winner, tmp_path / "runs/alone")]
+    mine, its = map(load_file, files)
+    assert all(mine[key].equal(its[key]) for key in its)
+
+    again = run_llmkit("train", "name=half", *launcher, *few, *HALVING)
+    assert "0 jobs to run" in again.stdout

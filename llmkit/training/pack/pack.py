@@ -9,8 +9,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeAlias
 
 import torch
 from torch import nn
@@ -25,12 +26,25 @@ from llmkit.training.pack.process_state import Output, ProcessState
 from llmkit.training.pack.shared_base import sharing_weights
 from llmkit.training.pack.trunk import JointStep, JointTrunk, can_join, own_dropout, replaced_layers
 from llmkit.training.pack.turns import Turn
+from llmkit.training.rungs import Verdict, judge
 
 # Tokens in a step from which on a matrix product does not get faster by having more of them: on a CPU about 128 (seen
 # with AVX-512), on a large GPU some 4,000. Beyond, joint steps only take memory.
 ENOUGH_TOKENS = {"cpu": 128, "cuda": 4096}
 
 _member: ContextVar["Member | None"] = ContextVar("member", default=None)
+
+Compare: TypeAlias = Callable[[int, int, float], Verdict]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AtRung:
+    """What a member asks for that waits to be compared with the others."""
+
+    rung: int
+    step: int
+    loss: float
+
 
 ALONE = object()  # the answer to a member that is to apply its decoder itself
 
@@ -47,6 +61,22 @@ class Member:
         self.state = ProcessState(pack.output, log)
         self.turn: Turn | None = None
         self._part: torch.Tensor | None = None  # of a joint step, until its gradient is there
+
+    @property
+    def asks(self) -> Any:
+        """What it waits for."""
+        assert self.turn is not None
+        return self.turn.asks
+
+    @property
+    def at_rung(self) -> bool:
+        """Whether it waits to be compared with the others."""
+        return isinstance(self.asks, AtRung)
+
+    def compare(self, rung: int, step: int, loss: float) -> Verdict:
+        """Called by the run itself at a rung: wait until the others are there, and hear where it stands."""
+        assert self.turn is not None
+        return self.turn.wait(AtRung(rung=rung, step=step, loss=loss))
 
     def start(self, work: Callable[[], None]) -> None:
         """Begin its work, in a thread of its own, which waits for its turn."""
@@ -113,6 +143,7 @@ class Pack:
         self._base: tuple[PreTrainedModel, list[int]] | None = None
         self._trunk: JointTrunk | None = None
         self._micro_batches = self._apart = 0
+        self._losses: dict[int, dict[str, float]] = {}  # of each rung, by the names of the runs
         self._told = time.monotonic()  # until when its runs have been told what part of the device they had
         self.room: tuple[int, int, int] | None = None  # bytes: in use before a step of the first run, at most, there
 
@@ -172,10 +203,13 @@ class Pack:
     def run(self) -> None:
         """Run all to their ends."""
         while self._waiting or self._training:
-            while self._waiting and len(self._training) < self.width:
+            at_work = [member for member in self._training if not member.at_rung]
+            if self._waiting and len(at_work) < self.width:
                 self._start(self._waiting.popleft())
-            if self._training:
-                self._step()
+            elif at_work:
+                self._step(at_work)
+            elif self._training:
+                self._compare()
         how = "all of them together" if not self._apart else f"{self._apart} of them by themselves"
         if self._micro_batches:
             self._say(f"{self._micro_batches} micro-batches, {how}")
@@ -195,11 +229,22 @@ class Pack:
             self._count_time()
             self._training.remove(member)
 
-    def _step(self) -> None:
+    def _compare(self) -> None:
+        """All wait at rungs, those that are furthest behind at the same one: the best of these go on."""
+        rung = min(member.asks.rung for member in self._training)
+        there = [member for member in self._training if member.asks.rung == rung]
+        losses = self._losses.setdefault(rung, {})
+        losses.update({member.run_dir.name: member.asks.loss for member in there})
+        for member in there:
+            factor = member.config.early_stop.reduction_factor
+            step, name = member.asks.step, member.run_dir.name
+            self._go(member, judge(losses, name, rung=rung, step=step, factor=factor))
+
+    def _step(self, at_work: Sequence[Member]) -> None:
         """A micro-batch of those that are furthest behind: all of them, unless one has just joined."""
-        fewest = min(member.micro_batches for member in self._training)
-        members = [member for member in self._training if member.micro_batches == fewest][: self.width]
-        batches = [member.turn.asks for member in members if member.turn is not None]
+        fewest = min(member.micro_batches for member in at_work)
+        members = [member for member in at_work if member.micro_batches == fewest][: self.width]
+        batches = [member.asks for member in members]
         step = self._forward(members, batches) if len(members) > 1 and can_join(batches) else None
         if step is None and self.width < len(members):  # it does not fit, and is tried with fewer
             return
@@ -219,7 +264,7 @@ class Pack:
         except RuntimeError as error:  # each run says it, and what may help
             answer = error
         for member in members:
-            if member in self._training and member.turn is not None and not member.turn.asks:
+            if member in self._training and not member.asks:
                 self._go(member, answer)
 
     def _forward(self, members: Sequence[Member], batches: Sequence[dict[str, Any]]) -> JointStep | None:
@@ -252,6 +297,12 @@ def join_pack(trainer: Any) -> None:
     """Have the steps of the run that asks be joint ones from now on, if it is one of a pack."""
     if member := _member.get():
         member.join(trainer)
+
+
+def compare_in_pack() -> Compare | None:
+    """How the run that asks is compared with those of its pack; None for a run of its own."""
+    member = _member.get()
+    return member.compare if member is not None else None
 
 
 def device_seconds(seconds: float) -> float:

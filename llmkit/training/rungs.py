@@ -1,0 +1,101 @@
+"""`early_stop=halving`: at each rung the runs of a sweep are compared by their held-out loss; those behind stop there.
+
+Runs that train together (launcher=packed) wait for one another at a rung, and one in `reduction_factor` goes on:
+successive halving (Jamieson and Talwalkar, arXiv 1502.07943). Runs that start one after the other, or on other
+machines, do not wait: each is compared with those that were there before it (ASHA, Li et al., arXiv 1810.05934).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from llmkit import rundir
+from llmkit.config.schema import EarlyStopConfig
+
+RUNGS = "rungs.json"  # in a run's directory: what it had at each rung
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Where a run stands at a rung, among those that have been there."""
+
+    rung: int  # from 0
+    step: int
+    place: int  # from 1
+    of: int
+    goes_on: bool
+
+    def in_words(self) -> str:
+        """Why a run stops here."""
+        return f"early_stop=halving: place {self.place} of {self.of} at step {self.step}"
+
+
+def rung_steps(settings: EarlyStopConfig, total: int) -> list[int]:
+    """The steps at which a run of `total` steps is compared with the others; none at its end."""
+    first = settings.min_steps * total if settings.min_steps < 1 else settings.min_steps
+    steps = []
+    step = max(math.ceil(first), 1)
+    while step < total:
+        steps.append(step)
+        step *= settings.reduction_factor
+    return steps
+
+
+def judge(losses: Mapping[str, float], name: str, *, rung: int, step: int, factor: int) -> Verdict:
+    """Where the run of that name stands among `losses`: one in `factor` goes on, and at least one."""
+    order = sorted(losses, key=lambda one: (not math.isfinite(losses[one]), losses[one], one))
+    place = order.index(name) + 1
+    goes_on = place <= max(math.ceil(len(order) / factor), 1) and math.isfinite(losses[name])
+    return Verdict(rung=rung, step=step, place=place, of=len(order), goes_on=goes_on)
+
+
+def compares(run_dir: Path) -> bool:
+    """Whether there are other runs to compare one with: only in a sweep."""
+    return (run_dir.parent / rundir.SWEEP).exists()
+
+
+class RungFiles:
+    """Compares a run with those of its sweep that have been at a rung before it, by what their directories say."""
+
+    def __init__(self, run_dir: Path, *, factor: int):
+        self.run_dir, self.factor = run_dir, factor
+
+    def __call__(self, rung: int, step: int, loss: float) -> Verdict:
+        own = rundir.read_json(self.run_dir / RUNGS) or {}
+        rundir.write_json(self.run_dir / RUNGS, own | {str(rung): loss})
+        losses = {}
+        for path in self.run_dir.parent.glob(f"*/{RUNGS}"):
+            there = (rundir.read_json(path) or {}).get(str(rung))
+            if there is not None:
+                losses[path.parent.name] = there
+        return judge(losses, self.run_dir.name, rung=rung, step=step, factor=self.factor)
+
+
+class Rungs(TrainerCallback):
+    """Evaluates at each rung, has the run compared, and stops it, saved, if it is behind.
+
+    Args:
+        compare: rung, step and held-out loss -> where the run stands.
+    """
+
+    def __init__(self, steps: list[int], compare: Callable[[int, int, float], Verdict]):
+        self.steps, self.compare = steps, compare
+        self.verdict: Verdict | None = None  # of the rung at which the run has been stopped
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_evaluate |= state.global_step in self.steps
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        if state.global_step not in self.steps:
+            return
+        loss = (metrics or {}).get("eval_loss", math.nan)
+        verdict = self.compare(self.steps.index(state.global_step), state.global_step, loss)
+        if not verdict.goes_on:
+            self.verdict = verdict
+            control.should_save = control.should_training_stop = True

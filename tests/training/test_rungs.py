@@ -1,0 +1,55 @@
+"""Rungs of `early_stop=halving`: where they are, and which runs go on from them."""
+
+import math
+
+import pytest
+
+from llmkit import rundir
+from llmkit.config.schema import EarlyStopConfig
+from llmkit.training.rungs import RungFiles, judge, rung_steps
+
+
+@pytest.mark.parametrize(
+    ("min_steps", "factor", "total", "steps"),
+    [
+        (10, 3, 100, [10, 30, 90]),
+        (0.1, 2, 100, [10, 20, 40, 80]),
+        (0.1, 3, 5, [1, 3]),
+        (100, 3, 100, []),
+        (7, 4, 8, [7]),
+    ],
+)
+def test_each_rung_is_so_many_times_as_far_and_none_is_at_the_end(min_steps, factor, total, steps):
+    assert rung_steps(EarlyStopConfig(min_steps=min_steps, reduction_factor=factor), total) == steps
+
+
+@pytest.mark.parametrize(
+    ("losses", "factor", "go_on"),
+    [
+        ({"a": 3.0, "b": 1.0, "c": 2.0}, 3, {"b"}),
+        ({"a": 3.0, "b": 1.0, "c": 2.0, "d": 4.0}, 3, {"b", "c"}),
+        ({"a": 3.0}, 3, {"a"}),
+        ({"a": math.nan, "b": 9.0}, 2, {"b"}),
+        ({"a": math.nan, "b": math.inf}, 2, set()),
+        ({"a": 1.0, "b": 1.0}, 2, {"a"}),
+    ],
+)
+def test_one_run_in_so_many_goes_on_the_best_first_and_none_without_a_loss(losses, factor, go_on):
+    verdicts = {name: judge(losses, name, rung=0, step=5, factor=factor) for name in losses}
+
+    assert {name for name, verdict in verdicts.items() if verdict.goes_on} == go_on
+    assert sorted(verdict.place for verdict in verdicts.values()) == list(range(1, len(losses) + 1))
+
+
+def test_a_run_is_compared_with_those_that_were_at_the_rung_before_it(tmp_path):
+    runs = {name: RungFiles(tmp_path / name, factor=2) for name in "abc"}
+    for name in runs:
+        (tmp_path / name).mkdir()
+
+    verdicts = [runs["a"](0, 5, 3.0), runs["b"](0, 5, 4.0), runs["c"](0, 5, 2.0), runs["a"](1, 10, 2.5)]
+
+    assert [(one.place, one.of, one.goes_on) for one in verdicts] == [
+        *((1, 1, True), (2, 2, False), (1, 3, True)),
+        (1, 1, True),
+    ]
+    assert rundir.read_json(tmp_path / "a" / "rungs.json") == {"0": 3.0, "1": 2.5}

@@ -75,9 +75,7 @@ def _checkpoint_problems(config: TrainConfig) -> list[str]:
 def _objective_problems(config: TrainConfig) -> list[str]:
     name = config.objective
     if config.early_stop.name == "halving" and config.data.validation is None:
-        return [
-            "early_stop=halving compares runs by their held-out loss, and there are no held-out rows; set data.validation."
-        ]
+        return ["early_stop=halving compares runs by their loss on held-out rows; set data.validation, there are none."]
     if name in ("eval_loss", "train_loss"):
         return []
     figures = FIGURES_OF_RECIPE.get(config.recipe, ())

@@ -103,7 +103,7 @@ def test_a_run_that_would_touch_the_base_stays_alone(job, words, reason):
     assert reason in why_not(job("one", *words).config)
 
 
-HALVING = ["-m", "training.learning_rate=1e-4,3e-4,3e-3,1e-2", "early_stop=halving", "early_stop.reduction_factor=2"]
+HALVING = ["-m", "training.learning_rate=3e-3,1e-4,1e-2,3e-4", "early_stop=halving", "early_stop.reduction_factor=2"]
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from llmkit.config import TrainConfig
 from llmkit.training.longest_batch import row_lengths
 from llmkit.training.pack.process_state import Output, ProcessState
 from llmkit.training.pack.shared_base import sharing_weights
-from llmkit.training.pack.trunk import JointStep, JointTrunk, can_join, replaced_layers
+from llmkit.training.pack.trunk import JointStep, JointTrunk, can_join, own_dropout, replaced_layers
 from llmkit.training.pack.turns import Turn
 
 # Tokens in a step from which on a matrix product does not get faster by having more of them: on a CPU about 128 (seen
@@ -134,6 +134,8 @@ class Pack:
         how = f"a micro-batch has {tokens} tokens, and about {enough} keep this device busy"
         if self._width_asked:
             how = f"launcher.width={self._width_asked}"
+        if drawing := own_dropout(trainer.model.get_base_model().base_model):
+            self.width, how = 1, f"the model's own dropout ({drawing}) would draw other numbers for joint batches"
         together = "one after the other" if self.width == 1 else f"{self.width} at a time"
         print(f"{'pack':<10} {self._count} runs on one base, {together}: {how}", file=self.output.own, flush=True)
 

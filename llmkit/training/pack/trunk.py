@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from llmkit.training.pack.process_state import ProcessState
 
 ADAPTER = "default"  # PEFT's name of the trained adapter
+OF_OTHER_HEADS = ("summary", "classifier")  # settings of what a language model does not have
 
 # Of a decoder's inputs: those with a number for each token, and what stands at the end of a row that is shorter.
 OF_EACH_TOKEN = {"input_ids": 0, "attention_mask": 0, "position_ids": 0}
@@ -189,6 +190,26 @@ def replaced_layers(trunk: nn.Module, within: str = "") -> dict[str, nn.Module]:
         else:
             found |= replaced_layers(layer, f"{name}.")
     return found
+
+
+def own_dropout(trunk: nn.Module) -> str:
+    """The names of a decoder's own dropouts that are on, adapters left out; empty if there are none."""
+    replaced = tuple(f"{name}." for name in replaced_layers(trunk))
+    modules = [
+        name
+        for name, module in trunk.named_modules()
+        if isinstance(module, nn.Dropout) and module.p > 0 and not name.startswith(replaced)
+    ]
+    settings: dict[str, Any] = trunk.config.to_dict()  # type: ignore[union-attr, operator]
+    functional = [
+        name
+        for name, value in settings.items()
+        if ("dropout" in name or name.endswith("pdrop"))
+        and not name.startswith(OF_OTHER_HEADS)
+        and isinstance(value, float)
+        and value > 0
+    ]
+    return ", ".join(functional or modules[:1])
 
 
 def join(owners: Sequence[Owner], batches: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[Rows]]:

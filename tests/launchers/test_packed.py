@@ -137,3 +137,18 @@ def test_runs_that_are_behind_at_a_rung_stop_there_and_the_winner_is_as_if_alone
 
     again = run_llmkit("train", "name=half", *launcher, *few, *HALVING)
     assert "0 jobs to run" in again.stdout
+
+
+@pytest.mark.parametrize(("dropout", "found"), [(0.1, "attn_pdrop"), (0.0, "")])
+def test_a_base_with_dropout_of_its_own_is_known_whatever_its_adapter_has(dropout, found):
+    """Its numbers would be drawn for the rows of all runs at once."""
+    import peft
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from llmkit.training.pack.trunk import own_dropout
+
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 1}
+    model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=dropout, **sizes))
+    adapter = peft.LoraConfig(r=2, target_modules=["c_attn"], lora_dropout=0.5, fan_in_fan_out=True)
+
+    assert own_dropout(peft.get_peft_model(model, adapter).get_base_model().base_model) == found

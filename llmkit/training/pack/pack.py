@@ -71,7 +71,7 @@ class Member:
     @property
     def at_rung(self) -> bool:
         """Whether it waits to be compared with the others."""
-        return isinstance(self.asks, AtRung)
+        return self.turn is not None and isinstance(self.turn.asks, AtRung)
 
     def compare(self, rung: int, step: int, loss: float) -> Verdict:
         """Called by the run itself at a rung: wait until the others are there, and hear where it stands."""
@@ -193,8 +193,9 @@ class Pack:
 
     def _count_time(self) -> None:
         now = time.monotonic()
-        for member in self._training:
-            member.device_seconds += (now - self._told) / len(self._training)
+        at_work = [member for member in self._training if not member.at_rung]
+        for member in at_work:
+            member.device_seconds += (now - self._told) / len(at_work)
         self._told = now
 
     def _say(self, text: str) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from llmkit.training.pack.process_state import ProcessState
 
 ADAPTER = "default"  # PEFT's name of the trained adapter
+OF_OTHER_HEADS = ("summary", "classifier")  # settings of what a language model does not have
 
 # Of a decoder's inputs: those with a number for each token, and what stands at the end of a row that is shorter.
 OF_EACH_TOKEN = {"input_ids": 0, "attention_mask": 0, "position_ids": 0}
@@ -203,7 +204,10 @@ def own_dropout(trunk: nn.Module) -> str:
     functional = [
         name
         for name, value in settings.items()
-        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float) and value > 0
+        if ("dropout" in name or name.endswith("pdrop"))
+        and not name.startswith(OF_OTHER_HEADS)
+        and isinstance(value, float)
+        and value > 0
     ]
     return ", ".join(functional or modules[:1])
 

@@ -184,9 +184,9 @@ def first_steps_of_sweep(settings: list[str], output: Path, *, warm: bool) -> li
     return [first[rank] - started[rank] for rank in RANKS]
 
 
-def first_step_of_trl(rows: Path, model: Path, output: Path) -> FirstStep:
-    """Run `trl sft` for one step; its loss is read from its output, which it prints at once."""
-    settings = {
+def words_of_trl(rows: Path, model: Path, output: Path, **more: object) -> list[str]:
+    """The `trl sft` command that trains what llmkit does here, with these settings beside or in place of the common."""
+    settings: dict[str, object] = {
         "model_name_or_path": model,
         "dataset_name": rows,
         "output_dir": output,
@@ -206,10 +206,18 @@ def first_step_of_trl(rows: Path, model: Path, output: Path) -> FirstStep:
         "report_to": "none",
         "save_strategy": "no",
     }
-    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return [
+        *TRL,
+        "--use_peft",
+        *(word for name, value in (settings | more).items() for word in (f"--{name}", str(value))),
+    ]
+
+
+def first_step_of_trl(rows: Path, model: Path, output: Path) -> FirstStep:
+    """Run `trl sft` for one step; its loss is read from its output, which it prints at once."""
     lines, first = [], None
     began = time.perf_counter()
-    command = [*TRL, "--use_peft", *words]
+    command = words_of_trl(rows, model, output)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from llmkit import rundir
 from llmkit.config import TrainConfig, load
-from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError, LlmkitError
+from llmkit.errors import EXIT_DONE, ConfigError, LlmkitError
 from llmkit.launchers.job_record import ENDED, INTERRUPTED, QUEUED, RUNNING, JobRecord, now
 from llmkit.launchers.prepare import is_finished, prepare
 from llmkit.launchers.sweep import Sweep
@@ -255,28 +255,10 @@ def judged(record: JobRecord, told: Seen | None) -> Seen:
 
 def exit_code_of(run_dir: Path) -> int:
     """The exit code of the contract for a run whose job has ended."""
-    record, result = JobRecord.read(run_dir), rundir.read_result(run_dir)
+    record = JobRecord.read(run_dir)
     if record is not None and record.exit_code is not None:
         return record.exit_code
-    if result is None:
-        return EXIT_FAILED
-    if rundir.is_over(result):
-        return EXIT_DONE
-    codes = {"preempted": EXIT_PREEMPTED, "stopped": EXIT_PREEMPTED}
-    return codes.get(result["status"], EXIT_FAILED)
-
-
-def show_log(run_dir: Path, *, offset: int = 0) -> int:
-    """Print what is new in a run's console.log from a byte on; returns where it ends."""
-    try:
-        with (run_dir / rundir.CONSOLE).open("rb") as log:
-            log.seek(offset)
-            text = log.read()
-    except FileNotFoundError:
-        return offset
-    sys.stdout.write(text.decode("utf-8", errors="replace"))
-    sys.stdout.flush()
-    return offset + len(text)
+    return rundir.exit_code(rundir.read_result(run_dir))
 
 
 def _follow_run(scheduler: Scheduler, run_dir: Path, record: JobRecord, *, poll: float) -> int:
@@ -286,7 +268,7 @@ def _follow_run(scheduler: Scheduler, run_dir: Path, record: JobRecord, *, poll:
 
     def show() -> None:
         nonlocal shown
-        shown = show_log(run_dir, offset=shown)
+        shown = rundir.show_log(run_dir / rundir.CONSOLE, offset=shown)
 
     seen = Seen(state=QUEUED)
     for _, seen in changes(scheduler, [run_dir], poll=poll, glance=show):

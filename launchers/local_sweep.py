@@ -10,7 +10,7 @@ from typing import IO
 
 from llmkit import rundir
 from llmkit.config.launcher_schema import PackedLauncherConfig
-from llmkit.errors import EXIT_DONE, EXIT_FAILED, ConfigError
+from llmkit.errors import ConfigError
 from llmkit.launchers.local import (
     Process,
     devices_for,
@@ -81,6 +81,9 @@ def run_all(sweep: Sweep) -> None:
     threads = {} if names else _threads(parallel * first.hardware.num_processes)
     running: list[_Running] = []
     single = [pack[0].config for pack in waiting if len(pack) == 1]
+    log = sweep.directory / rundir.PACK_LOG
+    log.unlink(missing_ok=True)
+    shown = 0
     with (
         forwarded_signals(sweep.directory / rundir.CONSOLE) as workers,
         WarmStarts(single, worker_environment() | threads, on_gpus=bool(names)) as warm,
@@ -96,9 +99,11 @@ def run_all(sweep: Sweep) -> None:
                     workers.add(run.process)
                 else:
                     gpus.give_back(taken)
+            ended = [run for run in running if run.process.poll() is not None]
+            shown = rundir.show_log(log, offset=shown)
             for run in running:
                 _collect_ended(run, sweep)
-            for run in [run for run in running if run.process.poll() is not None]:
+            for run in ended:
                 running.remove(run)
                 workers.remove(run.process)
                 gpus.give_back(run.gpus)
@@ -115,7 +120,7 @@ def _collect_ended(run: _Running, sweep: Sweep) -> None:
     for job in list(run.jobs) if len(run.jobs) > 1 else []:
         if result := rundir.read_result(job.run_dir):
             run.jobs.remove(job)
-            record_end(job.run_dir, EXIT_DONE if result["status"] == "completed" else EXIT_FAILED)
+            record_end(job.run_dir, rundir.exit_code(result))
             sweep.collect(job)
 
 
@@ -146,8 +151,8 @@ def _start(
     if not jobs:
         return None
     first = jobs[0]
-    place = first.run_dir if len(jobs) == 1 else sweep.directory
-    output = open_files.enter_context((place / rundir.CONSOLE).open("a", encoding="utf-8"))
+    log = first.run_dir / rundir.CONSOLE if len(jobs) == 1 else sweep.directory / rundir.PACK_LOG
+    output = open_files.enter_context(log.open("a", encoding="utf-8"))
     worker: Process | None
     if len(jobs) == 1:
         lock = locks[first.run_dir]

@@ -39,6 +39,8 @@ OWN = {
 }
 # PEFT's starts that leave the base as it is; the others, pissa and olora say, move a part of it into the adapter.
 STARTS = (True, False, "gaussian", "orthogonal")
+# Trackers of Transformers with state of their own for each run.
+OF_EACH_RUN = {"none", "tensorboard"}
 
 
 def packs(jobs: Sequence[Job], *, devices: int = 1) -> list[list[Job]]:
@@ -70,6 +72,8 @@ def why_not(config: TrainConfig) -> str | None:
         return "a run of several processes has them to itself"
     if config.lora.bias != "none":
         return f"lora.bias={config.lora.bias} trains biases of the base, which the others share"
+    if trackers := set(config.tracking.report_to) - OF_EACH_RUN:
+        return f"tracking.report_to={','.join(sorted(trackers))} keeps one run in a process"
     if config.lora.init_lora_weights not in STARTS:
         return f"lora.init_lora_weights={config.lora.init_lora_weights} changes the base, which the others share"
     return None

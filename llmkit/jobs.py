@@ -15,7 +15,7 @@ from llmkit import rundir
 from llmkit.cli import guarded
 from llmkit.config import load
 from llmkit.errors import EXIT_DONE, ConfigError, LlmkitError
-from llmkit.launchers.cluster import GONE, SCHEDULERS, connect, handed_over, if_gone, show_log
+from llmkit.launchers.cluster import GONE, SCHEDULERS, connect, handed_over, if_gone
 from llmkit.launchers.collecting import collect_sweep
 from llmkit.launchers.job_record import CANCELLED, ENDED, GIVEN_UP, QUEUED, JobRecord
 from llmkit.launchers.overview import OPEN, RUNS, Overview, directory_named, runs_below
@@ -92,13 +92,13 @@ def _logs(words: list[str]) -> int:
         raise ConfigError(
             f"{run_dir} holds a sweep; its runs: {', '.join(path.name for path in runs_below([run_dir]))}."
         )
-    overview, shown = Overview(), show_log(run_dir)
+    overview, shown = Overview(), rundir.show_log(run_dir / rundir.CONSOLE)
     if words[1:]:
         pause = SECONDS
         while overview.look([run_dir])[0].state in OPEN:
             time.sleep(pause)
-            shown = show_log(run_dir, offset=shown)
-        shown = show_log(run_dir, offset=shown)
+            shown = rundir.show_log(run_dir / rundir.CONSOLE, offset=shown)
+        shown = rundir.show_log(run_dir / rundir.CONSOLE, offset=shown)
     if not shown:
         record = JobRecord.read(run_dir)
         if record is None or record.launcher not in SCHEDULERS:

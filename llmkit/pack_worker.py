@@ -45,12 +45,18 @@ def main(argv: list[str] | None = None) -> int:
             runs,
             work,
             width=runs[0][0].launcher.width,
+            stop=stop,
             output=output,
             log=lambda run_dir: open_files.enter_context((run_dir / rundir.CONSOLE).open("a", buffering=1)),
         )
         pack.run()
         for config, run_dir in runs:
-            if codes[run_dir] == EXIT_DONE:
+            if run_dir not in codes:
+                rundir.write_result(
+                    run_dir, status="stopped", error=f"the sweep was stopped by {stop.signal} before it"
+                )
+                codes[run_dir] = EXIT_PREEMPTED
+            elif codes[run_dir] == EXIT_DONE:
                 codes[run_dir] = merge_if_asked(config, run_dir)
     worst = sorted(codes.values(), key=lambda code: (code == EXIT_DONE, code == EXIT_PREEMPTED))
     return worst[0]

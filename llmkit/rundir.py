@@ -5,11 +5,12 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import IO, Any
 
 from llmkit import durable
-from llmkit.errors import ConfigError
+from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -19,6 +20,7 @@ CHECKPOINTS = "checkpoints"
 LOSS_PLOT = "loss.png"
 SAMPLES = "samples.jsonl"
 CONSOLE = "console.log"  # what is said where no terminal shows it
+PACK_LOG = "pack.log"  # of a sweep: what its packs say of themselves (launcher=packed)
 RANKS = "ranks"  # the logs of all processes but the first
 DATA_AUDIT = "data_audit.json"
 PROBE = "probe.json"  # what a server of the model must reproduce
@@ -32,7 +34,7 @@ LOCK = ".lock"
 
 # The keys of result.json, present in every one: null where a run did not come that far.
 RESULT_KEYS = (
-    "status",  # completed, failed, preempted (resumable) or stopped (before a step was saved)
+    "status",  # completed, failed, preempted (resumable) or stopped (before a step was saved, or by early_stop)
     "error",
     "steps",
     "train_loss",
@@ -93,10 +95,30 @@ def is_over(result: dict[str, Any] | None) -> bool:
     return result is not None and (result["status"] == "completed" or result.get("early_stop") is not None)
 
 
+def exit_code(result: dict[str, Any] | None) -> int:
+    """The exit code of the contract for a run that has left that result, or none."""
+    if is_over(result):
+        return EXIT_DONE
+    return EXIT_PREEMPTED if result is not None and result["status"] in ("preempted", "stopped") else EXIT_FAILED
+
+
 def write_result(run_dir: Path, **known: Any) -> None:
     """Write `result.json` with every key of the contract, null where it is not known."""
     assert set(known) <= set(RESULT_KEYS), set(known) - set(RESULT_KEYS)
     write_json(run_dir / RESULT, dict.fromkeys(RESULT_KEYS) | known)
+
+
+def show_log(path: Path, *, offset: int = 0) -> int:
+    """Print what is new in a log from a byte on; returns where it ends."""
+    try:
+        with path.open("rb") as log:
+            log.seek(offset)
+            text = log.read()
+    except FileNotFoundError:
+        return offset
+    sys.stdout.write(text.decode("utf-8", errors="replace"))
+    sys.stdout.flush()
+    return offset + len(text)
 
 
 def discard_unused(run_dir: Path) -> None:

@@ -74,6 +74,7 @@ class WandbTracker(NoTracker):
                 x_disable_machine_info=True,
                 disable_git=True,
                 init_timeout=CONNECT_SECONDS,
+                reinit="create_new",  # a process may hold several runs (launcher=packed)
             ),
         )
 

@@ -1,10 +1,15 @@
 """`launcher=packed`: runs that share a process and a base learn, to the last bit, what each learns alone."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
-from run_records import sweep_of
+from run_records import sweep_of, wait_for_steps
 from safetensors.torch import load_file
 
 from llmkit import rundir
+from llmkit.config import save
 from llmkit.launchers.packed import packs, why_not
 from llmkit.launchers.sweep import Job
 from llmkit.training.metrics import read_metrics
@@ -12,11 +17,15 @@ from llmkit.training.metrics import read_metrics
 STEPS = ["training.max_steps=30", "training.logging_steps=1", "training.save_steps=15", "evaluation.samples=1"]
 # Of equal length at each step, since the rows come in the same order: the same shapes for each run, together or not.
 SWEEPS = {
-    "rates and clipping": ["lora.r=4,16", "training.learning_rate=2e-3,1e-2", "training.max_grad_norm=0.5"],
+    "ranks, rates and clipping": [
+        *("lora.r=4,8,16,32", "training.learning_rate=2e-3,1e-2", "training.max_grad_norm=0.5", "evaluation=off"),
+    ],
     "dropout, accumulation and checkpointing": [
         *("lora.r=8,32", "lora.lora_dropout=0.1", "lora.target_modules=[q_proj,down_proj]"),
         *("training.gradient_accumulation_steps=2", "training.gradient_checkpointing=true"),
     ],
+    "qlora": ["method=qlora", "lora.r=4,8", "lora.lora_dropout=0.1", "evaluation=off"],
+    "dpo": ["recipe=dpo", "lora.r=4,8", "evaluation=off"],
 }
 
 
@@ -30,13 +39,12 @@ def figures(run_dir):
 def test_packed_runs_equal_runs_of_their_own(run_llmkit, tmp_path, name):
     words = ["-m", *SWEEPS[name], *STEPS]
     apart = run_llmkit("train", "name=apart", *words)
-    packed = run_llmkit("train", "name=packed", "launcher=packed", "launcher.width=4", *words)
+    packed = run_llmkit("train", "name=packed", "launcher=packed", "launcher.width=8", *words)
 
     assert (apart.returncode, packed.returncode) == (0, 0), packed.stdout + packed.stderr
     jobs = sweep_of(tmp_path / "runs/packed")
-    said = (tmp_path / "runs/packed" / rundir.CONSOLE).read_text()
-    assert f"{len(jobs)} runs on one base, {len(jobs)} at a time" in said
-    assert f"{30 * len(jobs) * (2 if 'dropout' in name else 1)} micro-batches, all of them together" in said
+    assert f"{len(jobs)} runs on one base, {len(jobs)} at a time" in packed.stdout
+    assert f"{30 * len(jobs) * (2 if 'dropout' in name else 1)} micro-batches, all of them together" in packed.stdout
     for job in jobs:
         one = tmp_path / job["run_dir"]
         twin = tmp_path / "runs/apart" / one.name
@@ -45,6 +53,81 @@ def test_packed_runs_equal_runs_of_their_own(run_llmkit, tmp_path, name):
         assert all(mine[key].equal(its[key]) for key in its)
         assert {path.name for path in one.iterdir()} == {path.name for path in twin.iterdir()}
         assert rundir.read_result(one).keys() == rundir.read_result(twin).keys()
+
+
+def distance(run, other):
+    """How far the weights of one run lie from those of another, in parts of their length."""
+    mine, its = (load_file(place / rundir.FINAL / "adapter_model.safetensors") for place in (run, other))
+    apart, length = (sum(float(w.square().sum()) for w in ws) for ws in ([mine[k] - its[k] for k in its], its.values()))
+    return (apart / length) ** 0.5
+
+
+@pytest.mark.slow
+def test_packed_runs_whose_batches_differ_are_as_near_to_their_own_as_with_one_more_padded_column(
+    run_llmkit, compose, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = ["training.max_steps=30", "training.global_batch_size=4", "evaluation=off"]
+    sweep = ["-m", "seed=1,2", "training.learning_rate=1e-3"]
+    apart = run_llmkit("train", "name=apart", *words, *sweep)
+    packed = run_llmkit(
+        "train", "name=packed", "launcher=packed", "launcher.width=2", "launcher.verify=2", *words, *sweep
+    )
+    assert (apart.returncode, packed.returncode) == (0, 0), packed.stdout + packed.stderr
+    assert packed.stdout.count("micro-batches") == 3, packed.stdout
+
+    moved = dict.fromkeys(("packed", "padded"), 0.0)
+    for seed in (1, 2):
+        run_dir = tmp_path / "runs/padded" / f"seed={seed}"
+        run_dir.mkdir(parents=True)
+        save(compose(*words, f"seed={seed}", "training.learning_rate=1e-3", f"run_dir={run_dir}"), run_dir)
+        subprocess.run([sys.executable, Path(__file__).with_name("padded_worker.py"), run_dir], check=True)
+        own = tmp_path / "runs/apart" / run_dir.name
+        for name in moved:
+            moved[name] = max(moved[name], distance(tmp_path / "runs" / name / run_dir.name, own))
+    assert 0 < moved["padded"] < 1e-3
+    assert moved["packed"] <= 2 * moved["padded"]  # both are draws of the same rounding
+
+
+@pytest.mark.slow
+def test_a_pack_goes_on_from_where_each_of_its_runs_was_as_if_it_had_not_been_stopped(run_llmkit, tmp_path, chats_file):
+    rows = chats_file(*({"question": f"{n}+{n}?", "answer": f"{2 * n}"} for n in range(10, 50)))  # of equal lengths
+    words = [f"data.path={rows}", "data.validation=null", "training.global_batch_size=4", "training.logging_steps=1"]
+    words += ["-m", "training.max_steps=5,60,70", "training.learning_rate=1e-3", "lora.lora_dropout=0.1"]
+    whole = run_llmkit("train", "name=whole", *words)
+    pack = [sys.executable, "-m", "llmkit", "train", "name=pack", "launcher=packed", "launcher.width=2", *words]
+    driver = subprocess.Popen(pack, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    runs = [tmp_path / "runs/pack" / f"max_steps={steps}" for steps in (5, 60, 70)]
+    wait_for_steps(runs[2], 10)  # by now the first is finished, and the third trains in its place
+
+    driver.terminate()
+    said = driver.communicate(timeout=60)[0]
+    before = [rundir.read_result(run) for run in runs]
+    again = run_llmkit("train", "name=pack", "launcher=packed", "launcher.width=2", *words)
+
+    assert (whole.returncode, driver.returncode, again.returncode) == (0, 75, 0), said + again.stdout + again.stderr
+    assert [result["status"] for result in before] == ["completed", "preempted", "preempted"]
+    assert "2 jobs to run; 1 finished before and are kept" in again.stdout
+    for run in runs:
+        twin = tmp_path / "runs/whole" / run.name
+        assert figures(run) == figures(twin)
+        assert distance(run, twin) == 0
+
+
+@pytest.mark.slow
+def test_runs_of_a_pack_that_have_not_begun_when_it_is_stopped_wait_for_the_next_time(run_llmkit, tmp_path):
+    words = ["name=pack", "launcher=packed", "launcher.width=1", "evaluation=off", "-m", "training.max_steps=500,501"]
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "llmkit", "train", *words], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    runs = [tmp_path / "runs/pack" / f"max_steps={steps}" for steps in (500, 501)]
+    wait_for_steps(runs[0], 1)
+    driver.terminate()
+    said = driver.communicate(timeout=60)[0]
+
+    assert driver.returncode == 75, said
+    assert [job["status"] for job in sweep_of(tmp_path / "runs/pack")] == ["preempted", "stopped"]
+    assert not (runs[1] / rundir.METRICS).exists()
 
 
 @pytest.mark.slow
@@ -137,18 +220,3 @@ def test_runs_that_are_behind_at_a_rung_stop_there_and_the_winner_is_as_if_alone
 
     again = run_llmkit("train", "name=half", *launcher, *few, *HALVING)
     assert "0 jobs to run" in again.stdout
-
-
-@pytest.mark.parametrize(("dropout", "found"), [(0.1, "attn_pdrop"), (0.0, "")])
-def test_a_base_with_dropout_of_its_own_is_known_whatever_its_adapter_has(dropout, found):
-    """Its numbers would be drawn for the rows of all runs at once."""
-    import peft
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from llmkit.training.pack.trunk import own_dropout
-
-    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 1}
-    model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=dropout, **sizes))
-    adapter = peft.LoraConfig(r=2, target_modules=["c_attn"], lora_dropout=0.5, fan_in_fan_out=True)
-
-    assert own_dropout(peft.get_peft_model(model, adapter).get_base_model().base_model) == found

@@ -7,7 +7,8 @@ and each goes on with its own part: head, loss, gradient of that. The gradients 
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +20,17 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llmkit.config import TrainConfig
+from llmkit.config.launcher_schema import PackedLauncherConfig
 from llmkit.training.advice import is_out_of_memory
 from llmkit.training.longest_batch import row_lengths
 from llmkit.training.memory import in_units
 from llmkit.training.pack.process_state import Output, ProcessState
 from llmkit.training.pack.shared_base import sharing_weights
-from llmkit.training.pack.trunk import JointStep, JointTrunk, can_join, own_dropout, replaced_layers
+from llmkit.training.pack.trunk import JointStep, JointTrunk, NotOfRows, can_join, replaced_layers
 from llmkit.training.pack.turns import Turn
+from llmkit.training.pack.verification import Verification
 from llmkit.training.rungs import Verdict, judge
+from llmkit.training.stopping import StopRequest
 
 # Tokens in a step from which on a matrix product does not get faster by having more of them: on a CPU about 128 (seen
 # with AVX-512), on a large GPU some 4,000. Beyond, joint steps only take memory.
@@ -61,6 +65,7 @@ class Member:
         self.state = ProcessState(pack.output, log)
         self.turn: Turn | None = None
         self._part: torch.Tensor | None = None  # of a joint step, until its gradient is there
+        self._apart = False  # whether its passes are its own now
 
     @property
     def asks(self) -> Any:
@@ -96,7 +101,8 @@ class Member:
         forward, backward = trunk.forward, trainer.accelerator.backward
 
         def joint_forward(*args: Any, **kwargs: Any) -> Any:
-            if args or self.pack.width == 1 or not (trunk.training and torch.is_grad_enabled()):
+            apart = self._apart or self.pack.width == 1
+            if args or apart or not (trunk.training and torch.is_grad_enabled()):
                 return forward(*args, **kwargs)
             assert self.turn is not None
             answer = self.turn.wait(kwargs)
@@ -114,6 +120,18 @@ class Member:
 
         trunk.forward = joint_forward
         trainer.accelerator.backward = joint_backward
+        assert isinstance(self.config.launcher, PackedLauncherConfig)
+        if self.pack.width > 1 and (count := self.config.launcher.verify):
+            Verification(trainer, count, self.alone, lambda found: self.pack.say(f"{self.run_dir.name}: {found}"))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Its passes within are its own."""
+        self._apart = True
+        try:
+            yield
+        finally:
+            self._apart = False
 
 
 class Pack:
@@ -122,6 +140,7 @@ class Pack:
     Args:
         work: what a run does, from its first line to its last; it raises nothing.
         width: how many train at a time; None: as many as make a step large enough for the device, and fit.
+        stop: a request of which the runs know too; none is begun after it.
         output: the streams of the process, which each run's output is taken from.
     """
 
@@ -131,10 +150,11 @@ class Pack:
         work: Callable[[TrainConfig, Path], None],
         *,
         width: int | None,
+        stop: StopRequest,
         output: Output,
         log: Callable[[Path], TextIO],
     ):
-        self.output, self._work = output, work
+        self.output, self._work, self._stop = output, work, stop
         self.width = width or 1
         self._width_asked = width
         self._waiting = deque(Member(self, config, run_dir, log(run_dir)) for config, run_dir in runs)
@@ -166,13 +186,14 @@ class Pack:
             checkpointing=args.gradient_checkpointing,
         )
         self.width, why = self._choose_width(trainer)
-        self._say(f"{self._count} runs on one base, {_at_a_time(self.width)}: {why}")
+        self.say(f"{self._count} runs on one base, {_at_a_time(self.width)}: {why}")
 
     def _choose_width(self, trainer: Any) -> tuple[int, str]:
         """How many runs train at a time, and why."""
         args = trainer.args
-        if drawing := own_dropout(trainer.model.get_base_model().base_model):
-            return 1, f"the model's own dropout ({drawing}) would draw other numbers for joint batches"
+        assert self._trunk is not None
+        if reason := self._trunk.why_apart():
+            return 1, reason
         if self._width_asked:
             return min(self._width_asked, self._count), f"launcher.width={self._width_asked}"
         tokens = int(row_lengths(trainer.train_dataset).mean() * args.per_device_train_batch_size)
@@ -198,14 +219,15 @@ class Pack:
             member.device_seconds += (now - self._told) / len(at_work)
         self._told = now
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Tell what all the runs are about."""
         print(f"{'pack':<10} {text}", file=self.output.own, flush=True)
 
     def run(self) -> None:
-        """Run all to their ends."""
-        while self._waiting or self._training:
+        """Run all to their ends, or until a stop is asked for."""
+        while self._training or (self._waiting and not self._stop.signal):
             at_work = [member for member in self._training if not member.at_rung]
-            if self._waiting and len(at_work) < self.width:
+            if self._waiting and len(at_work) < self.width and not self._stop.signal:
                 self._start(self._waiting.popleft())
             elif at_work:
                 self._step(at_work)
@@ -213,7 +235,7 @@ class Pack:
                 self._compare()
         how = "all of them together" if not self._apart else f"{self._apart} of them by themselves"
         if self._micro_batches:
-            self._say(f"{self._micro_batches} micro-batches, {how}")
+            self.say(f"{self._micro_batches} micro-batches, {how}")
 
     def _start(self, member: Member) -> None:
         member.start(lambda: self._work(member.config, member.run_dir))
@@ -274,13 +296,15 @@ class Pack:
         numbers = [member.state.random() for member in members]
         try:
             return self._trunk.forward(members, batches)
+        except NotOfRows as error:
+            self.width, why = 1, f"{error} is not given rows of tokens"
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            self.width, why = len(members) // 2, f"no room for {len(members)} runs at a time"
         for member, before in zip(members, numbers, strict=True):
             member.state.set_random(before)
-        self.width = len(members) // 2
-        self._say(f"no room for {len(members)} runs at a time; {_at_a_time(self.width)} from now on")
+        self.say(f"{why}; {_at_a_time(self.width)} from now on")
         return None
 
 

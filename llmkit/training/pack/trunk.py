@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from llmkit.training.pack.process_state import ProcessState
 
 ADAPTER = "default"  # PEFT's name of the trained adapter
-OF_OTHER_HEADS = ("summary", "classifier")  # settings of what a language model does not have
+LENGTH_DEPENDENT_ROPES = {"dynamic", "longrope"}
 
 # Of a decoder's inputs: those with a number for each token, and what stands at the end of a row that is shorter.
 OF_EACH_TOKEN = {"input_ids": 0, "attention_mask": 0, "position_ids": 0}
@@ -26,6 +26,10 @@ class Owner(Protocol):
 
     state: ProcessState
     layers: dict[str, nn.Module]
+
+
+class NotOfRows(RuntimeError):
+    """A layer is not given the batch as rows of tokens, so that it cannot tell whose is what."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,23 @@ class JointTrunk:
         with self._autocast():
             hidden = self._trunk(**inputs).last_hidden_state
         return JointStep(hidden, self._rows)
+
+    def why_apart(self) -> str | None:
+        """Why this decoder cannot be applied to the batches of several runs at once; None if it can."""
+        settings: dict[str, Any] = self._trunk.config.to_dict()  # type: ignore[union-attr, operator]
+        ropes = settings.get("rope_parameters") or {}
+        kinds = {str(one.get("rope_type")) for one in (ropes, *ropes.values()) if isinstance(one, dict)}
+        if moving := sorted(kinds & LENGTH_DEPENDENT_ROPES):
+            return f"its positions ({', '.join(moving)}) depend on the longest row of a batch"
+        if settings.get("output_router_logits"):
+            return "the loss of its router is of a whole batch"
+        before, any_tokens = _random_states(), torch.zeros(1, 2, dtype=torch.long, device=self._model.device)
+        with torch.no_grad(), self._autocast(), torch.random.fork_rng(_gpus()):
+            self._trunk(input_ids=any_tokens, use_cache=False)
+            after = _random_states()
+        if any(not one.equal(other) for one, other in zip(before, after, strict=True)):
+            return "it draws random numbers of its own, dropout say, which would be others for joint batches"
+        return None
 
     def _pack(self, owner: Owner) -> None:
         """Have the layers that the owner's adapter is on send it its rows."""
@@ -138,19 +159,39 @@ class _PackedLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         parts = [(part, part.owner.layers.get(self._name)) for part in self._rows()]
+        count, tokens = parts[-1][0].last, max(part.length for part, _ in parts)
+        in_rows = x
+        if x.shape[:2] != (count, tokens):  # some decoders flatten the batch before their linear layers, as OPT's
+            if x.dim() != 2 or len(x) != count * tokens:
+                raise NotOfRows(self._name)
+            in_rows = x.view(count, tokens, -1)
         if any(layer is not None and not adds_to_product(layer) for _, layer in parts):
-            return torch.cat([self._apart(part, layer, x, *args, **kwargs) for part, layer in parts])
-        together = self.base(x, *args, **kwargs)
-        outs = []
-        for part, layer in parts:
-            out = together[part.first : part.last]
-            outs.append(out if layer is None else with_update(part.owner, layer, x[part.first : part.last], out))
-        return torch.cat(outs)
+            if any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
+                raise NotOfRows(self._name)
+            outs = [self._apart(part, layer, in_rows, *args, **kwargs) for part, layer in parts]
+        else:
+            together = self.base(x, *args, **kwargs).view(count, tokens, -1)
+            outs = [_with_its_update(part, layer, in_rows, together) for part, layer in parts]
+        out = torch.cat(outs)
+        return out if in_rows is x else out.flatten(0, 1)
 
     def _apart(self, part: Rows, layer: nn.Module | None, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """What one run's own layer makes of its rows, where that is more than an addition to the base's product."""
         with drawing(part.owner):
-            return (layer or self.base)(x[part.first : part.last], *args, **kwargs)
+            out = (layer or self.base)(x[part.first : part.last, : part.length], *args, **kwargs)
+        missing = x.shape[1] - part.length
+        return nn.functional.pad(out, (0, 0, 0, missing)) if missing else out
+
+
+def _with_its_update(part: Rows, layer: nn.Module | None, x: torch.Tensor, together: torch.Tensor) -> torch.Tensor:
+    """One run's rows of the base's product, with what its adapter adds; to what pads them, nothing: it would draw
+    other numbers for its dropout than alone.
+    """
+    out = together[part.first : part.last]
+    if layer is None:
+        return out
+    updated = with_update(part.owner, layer, x[part.first : part.last, : part.length], out[:, : part.length])
+    return updated if part.length == x.shape[1] else torch.cat([updated, out[:, part.length :]], dim=1)
 
 
 def adds_to_product(layer: nn.Module) -> bool:
@@ -192,24 +233,13 @@ def replaced_layers(trunk: nn.Module, within: str = "") -> dict[str, nn.Module]:
     return found
 
 
-def own_dropout(trunk: nn.Module) -> str:
-    """The names of a decoder's own dropouts that are on, adapters left out; empty if there are none."""
-    replaced = tuple(f"{name}." for name in replaced_layers(trunk))
-    modules = [
-        name
-        for name, module in trunk.named_modules()
-        if isinstance(module, nn.Dropout) and module.p > 0 and not name.startswith(replaced)
-    ]
-    settings: dict[str, Any] = trunk.config.to_dict()  # type: ignore[union-attr, operator]
-    functional = [
-        name
-        for name, value in settings.items()
-        if ("dropout" in name or name.endswith("pdrop"))
-        and not name.startswith(OF_OTHER_HEADS)
-        and isinstance(value, float)
-        and value > 0
-    ]
-    return ", ".join(functional or modules[:1])
+def _gpus() -> list[int]:
+    return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+
+
+def _random_states() -> list[torch.Tensor]:
+    """Those that torch draws from now, on the CPU and the GPU in use."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _gpus())]
 
 
 def join(owners: Sequence[Owner], batches: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[Rows]]:

@@ -60,6 +60,7 @@ LAYERS = (
                 "bitsandbytes",
                 "boto3",
                 "datasets",
+                "greenlet",
                 "hydra-core",
                 "omegaconf",
                 "peft",

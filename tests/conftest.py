@@ -16,9 +16,9 @@ from ray_cluster import ray_cluster, ray_token  # noqa: F401 - fixtures for all 
 from s3_server import s3_server, s3_url  # noqa: F401 - fixtures for all tests
 from slurm_cluster import slurm  # noqa: F401 - a fixture for all tests
 
-# Read when torch is loaded, here and in children. Idle OpenMP threads spin by default: two test processes that train
-# side by side on two cores then take ten times as long as one.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read when torch is loaded, here and in children. Processes that train side by side with a thread for each core wait
+# for one another at every operation; and on models as small as these a second thread gains nothing.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Read when huggingface_hub is imported, which test modules do before any fixture runs.
 HUGGING_FACE = tempfile.TemporaryDirectory(prefix="llmkit-tests-")
 os.environ |= {"HF_HOME": HUGGING_FACE.name, "HF_HUB_OFFLINE": "1"}

@@ -74,7 +74,6 @@ def closed_world(scratch: Path) -> dict[str, str]:
         "LLMKIT_CACHE": str(scratch / "llmkit"),
         "HF_HOME": str(scratch / "huggingface"),
         "HF_HUB_OFFLINE": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONUNBUFFERED": "1",  # trl's loss is read from its output the moment it is printed
     }
 

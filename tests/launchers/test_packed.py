@@ -20,8 +20,8 @@ SWEEPS = {
     "ranks, rates and clipping": [
         *("lora.r=4,8,16,32", "training.learning_rate=2e-3,1e-2", "training.max_grad_norm=0.5", "evaluation=off"),
     ],
-    "dropout, accumulation and checkpointing": [
-        *("lora.r=8,32", "lora.lora_dropout=0.1", "lora.target_modules=[q_proj,down_proj]"),
+    "dropout, accumulation, checkpointing and bf16": [
+        *("precision=bf16", "lora.r=8,32", "lora.lora_dropout=0.1", "lora.target_modules=[q_proj,down_proj]"),
         *("training.gradient_accumulation_steps=2", "training.gradient_checkpointing=true"),
     ],
     "qlora": ["method=qlora", "lora.r=4,8", "lora.lora_dropout=0.1", "evaluation=off"],

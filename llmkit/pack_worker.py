@@ -11,7 +11,7 @@ from llmkit import rundir
 from llmkit.cli import print_error
 from llmkit.config import TrainConfig, load
 from llmkit.errors import EXIT_DONE, EXIT_PREEMPTED, LlmkitError
-from llmkit.processes import stop_with_driver
+from llmkit.processes import end, stop_with_driver
 from llmkit.training.stopping import StopRequest
 from llmkit.worker import merge_if_asked, no_garbage_collection, run_to_end, settle_in
 
@@ -63,4 +63,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -18,7 +18,7 @@ from multiprocessing.reduction import recv_handle
 from pathlib import Path
 
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
-from llmkit.processes import die_with_parent
+from llmkit.processes import die_with_parent, end
 
 # Open once a process has initialized a device, which its forks then cannot use.
 DEVICE_FILES = ("/dev/nvidia-uvm", "/dev/kfd")
@@ -151,4 +151,4 @@ def _become(order: Order, descriptors: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

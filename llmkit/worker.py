@@ -26,7 +26,7 @@ from llmkit.config import TrainConfig, load
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError, LlmkitError
 from llmkit.failure import Failure
 from llmkit.hangup import keep_output
-from llmkit.processes import die_with_parent, stop_with_driver
+from llmkit.processes import die_with_parent, end, stop_with_driver
 from llmkit.remote import reach_with
 from llmkit.training.checkpoints.manifest import latest
 from llmkit.training.checkpoints.mirror import publish
@@ -266,4 +266,4 @@ def _quiet_libraries() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -13,7 +13,6 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from llmkit import rundir
 from llmkit.config import TrainConfig, save
-from llmkit.config.launcher_schema import LocalLauncherConfig
 from llmkit.config.resolve import in_group
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_WRONG_INPUT, ConfigError
 from llmkit.hangup import keep_output
@@ -36,8 +35,6 @@ def run_here(config: TrainConfig, run_dir: Path) -> int:
         return _take_part(config, run_dir)
     if is_finished(config, run_dir):
         return EXIT_DONE
-    if isinstance(config.launcher, LocalLauncherConfig) and config.launcher.max_parallel is not None:
-        print("warning: launcher.max_parallel has no effect on a single run; it is for sweeps (-m).", file=sys.stderr)
     env = devices_for(config, [] if config.hardware.device == "cpu" else visible_gpus())
     with prepare(config, run_dir) as lock, forwarded_signals(run_dir / rundir.CONSOLE) as workers:
         for line in _other_machines(config, run_dir):

@@ -30,7 +30,7 @@ def print_ranking(sweep: Sweep) -> None:
         if job.status != "completed":
             reason = f": {job.error.splitlines()[0]}" if job.error else ""
             console.print(f"{job.status}: {job.run_dir}{reason}", highlight=False, markup=False, soft_wrap=True)
-    if {job.status for job in jobs} & {"waiting", "preempted", "stopped"}:
+    if {job.status for job in jobs if not job.is_over} & {"waiting", "preempted", "stopped"}:
         console.print("The same command goes on.")
     if best := next(iter(sweep.ranked()), None):
         console.print(f"best: {best.run_dir / 'final'}", highlight=False, markup=False, soft_wrap=True)

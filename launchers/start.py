@@ -1,7 +1,8 @@
 """`launcher=NAME`: start one run, or the runs of a sweep (`-m`), where the config says."""
 
 import contextlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ from omegaconf import DictConfig
 
 from llmkit import rundir
 from llmkit.config import TrainConfig, resolve
+from llmkit.config.launcher_schema import LocalLauncherConfig, PackedLauncherConfig
 from llmkit.errors import ConfigError, LlmkitError
 from llmkit.launchers import cluster, local, local_sweep
 from llmkit.launchers.random_sweep import RandomSweeper
@@ -23,10 +25,23 @@ HERE = {"local", "packed"}  # launchers whose runs are processes of this machine
 
 def start_run(config: TrainConfig, run_dir: Path) -> int:
     """Start one run and see it to its end; returns the exit code of the contract."""
+    if not (run_dir.parent / rundir.SWEEP).exists():
+        for setting in _of_sweeps(config):
+            print(f"warning: {setting} has no effect on a single run; it is for sweeps (-m).", file=sys.stderr)
     if config.launcher.name in HERE:
         cluster.refuse_held_elsewhere(config, run_dir)
         return local.run_here(config, run_dir)
     return cluster.run_there(config, run_dir)
+
+
+def _of_sweeps(config: TrainConfig) -> Iterator[str]:
+    """What a config sets that a single run does nothing with."""
+    if isinstance(config.launcher, LocalLauncherConfig) and config.launcher.max_parallel is not None:
+        yield "launcher.max_parallel"
+    if isinstance(config.launcher, PackedLauncherConfig):
+        yield "launcher=packed"
+    if config.early_stop.name != "none":
+        yield f"early_stop={config.early_stop.name}"
 
 
 class SweepLauncher(Launcher):

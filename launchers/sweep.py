@@ -131,7 +131,8 @@ class Sweep:
             run_dir = directory / Path(one["run_dir"]).name
             config = load(run_dir) if (run_dir / rundir.CONFIG).exists() else TrainConfig()
             shown = {key: one[key] for key in ("overrides", "status", "objective", "error")}
-            jobs.append(Job(run_dir=run_dir, recorded=one["run_dir"], config=config, **shown))
+            is_over = rundir.is_over(rundir.read_result(run_dir))
+            jobs.append(Job(run_dir=run_dir, recorded=one["run_dir"], config=config, is_over=is_over, **shown))
         return cls(directory, known["objective"], jobs, [])
 
     def write(self) -> None:

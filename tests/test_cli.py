@@ -85,15 +85,15 @@ def example_commands() -> list[list[str]]:
     commands = []
     for line in train.HELP.splitlines():
         if line.startswith("  llmkit train"):
-            words = line.split()[2:]
+            words = shlex.split(line)[2:]
             typed = [word for word in words if "=" in word or word.startswith("-") or word.endswith(".yaml")]
             assert words[: len(typed)] == typed, "an override after the explanation has begun"
             commands.append(typed)
     return commands
 
 
-def test_the_help_of_train_has_five_examples():
-    assert len(example_commands()) == 5
+def test_the_help_of_train_has_six_examples():
+    assert len(example_commands()) == 6
 
 
 @pytest.mark.parametrize("words", example_commands(), ids=" ".join)

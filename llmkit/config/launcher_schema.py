@@ -30,7 +30,7 @@ class PackedLauncherConfig(MachineLauncherConfig):
     width: int | None = setting(
         None, "Runs that train at a time on one base; unset: as many as keep the device busy and fit.", ge=1
     )
-    verify: int = setting(0, "First micro-batches of each run that are compared with the same ones alone.", ge=0)
+    verify: int = setting(0, "First steps of each run that are compared with the same ones alone.", ge=0)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -6,6 +6,7 @@ It reads JSON and YAML only, and of a bucket the files it needs; it never import
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,7 +207,8 @@ def ranked_runs(directory: Path) -> list[Path]:
     if sweep is None:
         hint = f"; run={directory}" if (directory / rundir.CONFIG).exists() else ""
         raise ConfigError(f"sweep={directory}: holds no {rundir.SWEEP}{hint}.")
-    done = [job for job in sweep["jobs"] if job["status"] == "completed" and job["objective"] is not None]
+    completed = [job for job in sweep["jobs"] if job["status"] == "completed" and job["objective"] is not None]
+    done = [job for job in completed if math.isfinite(job["objective"])]
     if not done:
         raise ConfigError(
             f"sweep={directory}: none of its {len(sweep['jobs'])} runs is finished with a figure to rank by."

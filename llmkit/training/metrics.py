@@ -26,7 +26,6 @@ class MetricsFile:
         self.records = read_metrics(origin) if origin else []
         self._file = _open(run_dir / rundir.METRICS, goes_on=origin is not None) if written else None
         self._last = (time.monotonic(), last_tokens(self.records))
-        self._evaluated: tuple[int, float] | None = None  # the last evaluation's step and loss
 
     def append(self, logs: dict[str, Any], *, step: int, epoch: float | None) -> dict[str, Any] | None:
         """Write one record from Trainer's logs, with tokens per second since the last, and return it.
@@ -43,8 +42,6 @@ class MetricsFile:
             then, tokens = self._last
             record["tokens_per_second"] = round((record["tokens"] - tokens) / (time.monotonic() - then), 1)
             self._last = (time.monotonic(), record["tokens"])
-        if "eval_loss" in record:
-            self._evaluated = (step, record["eval_loss"])
         self.records.append(record)
         if self._file:
             self._file.write(json.dumps(record) + "\n")
@@ -52,7 +49,8 @@ class MetricsFile:
 
     def eval_loss_at(self, step: int) -> float | None:
         """The loss of the last evaluation, if it was at this step."""
-        return self._evaluated[1] if self._evaluated is not None and self._evaluated[0] == step else None
+        last = next((record for record in reversed(self.records) if "eval_loss" in record), None)
+        return last["eval_loss"] if last is not None and last["step"] == step else None
 
     def start_clock(self) -> None:
         """Tokens per second count from now on."""

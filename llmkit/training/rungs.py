@@ -9,14 +9,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from transformers import TrainerCallback
 
 from llmkit import rundir
 from llmkit.config.schema import EarlyStopConfig
 
-RUNGS = "rungs.json"  # in a run's directory: what it had at each rung
+RUNGS = "rungs.json"  # in a run's directory: its loss at each rung, and whether it went on; null while that is open
+
+Compare: TypeAlias = Callable[[int, int, float], "Verdict | None"]  # rung, step, held-out loss -> where the run stands
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,13 +51,25 @@ def judge(losses: Mapping[str, float], name: str, *, rung: int, step: int, facto
     """Where the run of that name stands among `losses`: one in `factor` goes on, and at least one."""
     order = sorted(losses, key=lambda one: (not math.isfinite(losses[one]), losses[one], one))
     place = order.index(name) + 1
-    goes_on = place <= max(math.ceil(len(order) / factor), 1) and math.isfinite(losses[name])
+    goes_on = place <= max(len(order) // factor, 1) and math.isfinite(losses[name])
     return Verdict(rung=rung, step=step, place=place, of=len(order), goes_on=goes_on)
 
 
 def compares(run_dir: Path) -> bool:
     """Whether there are other runs to compare one with: only in a sweep."""
     return (run_dir.parent / rundir.SWEEP).exists()
+
+
+def record(run_dir: Path, rung: int, loss: float, *, goes_on: bool | None = None) -> None:
+    """Write down what a run had at a rung."""
+    earlier = rundir.read_json(run_dir / RUNGS) or {}
+    rundir.write_json(run_dir / RUNGS, earlier | {str(rung): {"loss": loss, "goes_on": goes_on}})
+
+
+def recorded(sweep: Path, rung: int) -> dict[str, float]:
+    """The losses of a sweep's runs that have been at a rung, by their names."""
+    found = {path.parent.name: rundir.read_json(path) or {} for path in sweep.glob(f"*/{RUNGS}")}
+    return {name: rungs[str(rung)]["loss"] for name, rungs in found.items() if str(rung) in rungs}
 
 
 class RungFiles:
@@ -65,26 +79,33 @@ class RungFiles:
         self.run_dir, self.factor = run_dir, factor
 
     def __call__(self, rung: int, step: int, loss: float) -> Verdict:
-        own = rundir.read_json(self.run_dir / RUNGS) or {}
-        rundir.write_json(self.run_dir / RUNGS, own | {str(rung): loss})
-        losses = {}
-        for path in self.run_dir.parent.glob(f"*/{RUNGS}"):
-            there = (rundir.read_json(path) or {}).get(str(rung))
-            if there is not None:
-                losses[path.parent.name] = there
+        record(self.run_dir, rung, loss)
+        losses = recorded(self.run_dir.parent, rung)
         return judge(losses, self.run_dir.name, rung=rung, step=step, factor=self.factor)
+
+
+class Behind(Exception):
+    """The run is not to train on from the rung at which it was taken up."""
 
 
 class Rungs(TrainerCallback):
     """Evaluates at each rung, has the run compared, and stops it, saved, if it is behind.
 
     Args:
-        compare: rung, step and held-out loss -> where the run stands.
+        compare: where the run stands; None if it is to stop, saved, before that is known.
+        loss_at: the held-out loss that was measured at a step, for a run that is taken up at a rung.
     """
 
-    def __init__(self, steps: list[int], compare: Callable[[int, int, float], Verdict]):
-        self.steps, self.compare = steps, compare
+    def __init__(self, run_dir: Path, steps: list[int], compare: Compare, loss_at: Callable[[int], float | None]):
+        self.run_dir, self.steps, self.compare, self.loss_at = run_dir, steps, compare, loss_at
         self.verdict: Verdict | None = None  # of the rung at which the run has been stopped
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step not in self.steps or (loss := self.loss_at(state.global_step)) is None:
+            return
+        known = (rundir.read_json(self.run_dir / RUNGS) or {}).get(str(self.steps.index(state.global_step)), {})
+        if known.get("goes_on") is None and not self._goes_on(state.global_step, loss):
+            raise Behind
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_evaluate |= state.global_step in self.steps
@@ -92,10 +113,15 @@ class Rungs(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
     ) -> None:
-        if state.global_step not in self.steps:
-            return
         loss = (metrics or {}).get("eval_loss", math.nan)
-        verdict = self.compare(self.steps.index(state.global_step), state.global_step, loss)
-        if not verdict.goes_on:
-            self.verdict = verdict
+        if state.global_step in self.steps and not self._goes_on(state.global_step, loss):
             control.should_save = control.should_training_stop = True
+
+    def _goes_on(self, step: int, loss: float) -> bool:
+        rung = self.steps.index(step)
+        verdict = self.compare(rung, step, loss)
+        if verdict is None:
+            return False
+        record(self.run_dir, rung, loss, goes_on=verdict.goes_on)
+        self.verdict = None if verdict.goes_on else verdict
+        return verdict.goes_on

@@ -1,5 +1,6 @@
 """One run from the first measurement to the delivered model, for any recipe that has a trainer and data."""
 
+import contextlib
 import shlex
 import shutil
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from llmkit.training.metrics import MetricsFile, draw_losses, last_tokens, mean_
 from llmkit.training.pack.pack import compare_in_pack, device_seconds, join_pack
 from llmkit.training.ranks import any_rank, gathered, is_main
 from llmkit.training.ready import Ready
-from llmkit.training.rungs import RungFiles, Rungs, compares, rung_steps
+from llmkit.training.rungs import Behind, RungFiles, Rungs, compares, rung_steps
 from llmkit.training.saves import Saves
 from llmkit.training.stopping import StopRequest
 from llmkit.training.tracking import NoTracker, start_tracker
@@ -99,7 +100,8 @@ class Session:
         if config.early_stop.name == "halving" and compares(run_dir):
             steps = rung_steps(config.early_stop, total_steps(config.training, len(self.data.train.dataset)))
             factor = config.early_stop.reduction_factor
-            self.rungs = Rungs(steps, compare_in_pack() or RungFiles(run_dir, factor=factor))
+            compare = compare_in_pack() or RungFiles(run_dir, factor=factor)
+            self.rungs = Rungs(run_dir, steps, compare, self.metrics.eval_loss_at)
             trainer.add_callback(self.rungs)
             console.fact("rungs", f"compared with the sweep's other runs after {', '.join(map(str, steps))} steps")
         if self.tracker.where:
@@ -149,7 +151,8 @@ class Session:
         if origin is not None and self.saves.step >= steps:
             self._take_up_the_last_step(origin)
         else:
-            self.trainer.train(resume_from_checkpoint=str(origin) if origin else None)
+            with contextlib.suppress(Behind):
+                self.trainer.train(resume_from_checkpoint=str(origin) if origin else None)
         self.console.end()
         state = self.trainer.state
         self.stopped = state.global_step < state.max_steps or self.trainer.evaluation_pending

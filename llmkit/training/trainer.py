@@ -18,11 +18,12 @@ from llmkit.data.encoding.batches import IGNORED
 from llmkit.errors import NonFiniteError, Stopped
 from llmkit.training.checkpoints.contents import collect, load_divided, load_weights, state_files
 from llmkit.training.checkpoints.saving import CheckpointWriter
-from llmkit.training.engine import shard_weights
+from llmkit.training.engine import engine_in_use, shard_weights
 from llmkit.training.longest_batch import row_lengths
 from llmkit.training.rank_batches import Blank, EvaluationBatches, StepBatches, rank_loader
 from llmkit.training.ranks import any_rank, is_main
 from llmkit.training.stopping import StopRequest
+from llmkit.training.walks import shorten_walks
 
 # fp16's loss scaler overflows by design while it looks for its scale; this many times in a row is a divergence.
 FP16_OVERFLOWS_IN_A_ROW = 10
@@ -59,6 +60,7 @@ class RunMixin:
         self._batches_of_step: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = []
         self._overflows = 0
         self._operations_per_token: int | None = None
+        self._trained: list[torch.nn.Parameter] | None = None  # where the model visits no more than these
         # What the run adds to its checkpoints: for the manifest, and files of its own (see CheckpointWriter.save).
         self.facts: Callable[[], dict[str, Any]] = dict
         self.run_files: Callable[[], dict[str, Any]] = dict
@@ -112,7 +114,15 @@ class RunMixin:
             vars(self.model).pop("_is_accelerate_prepared", None)
         if is_deepspeed_zero3_enabled():
             shard_weights(self)
-        return super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
+        prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
+        if engine_in_use(self) == "single":
+            self._trained = shorten_walks(self.model)
+        return prepared
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        if self._trained is None:
+            return super()._clip_grad_norm(model)  # type: ignore[misc]
+        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Remember the step's micro-batches until its gradient is known to be finite."""

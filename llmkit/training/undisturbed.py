@@ -37,6 +37,8 @@ def undisturbed(trainer: Any) -> Iterator[None]:
 
 def _copied(value: Any) -> Any:
     """Metrics, counts and batches that a step adds to; what is no tensor or container is not changed by one."""
+    if isinstance(value, torch.nn.Parameter):  # a step without an update does not change it, and a copy is not it
+        return value
     if isinstance(value, torch.Tensor):
         return value.clone()
     if isinstance(value, list):

@@ -14,8 +14,8 @@ llmkit's metrics.jsonl, a line on trl's output. Both then end by themselves, off
 What is on the clock is what each tool does by itself. llmkit: a driver that composes and checks the config, then a
 worker process; the worker also reads and tokenizes 36 held-out rows, which trl is spared. trl: its command line, then
 `accelerate launch`'s script process. Rounds are interleaved, each tool going first in every other one; a round that is
-not counted warms the file cache, the tiny model and trl's cache of the tokenized data. Idle OpenMP threads wait
-passively in both, so that other work on the machine disturbs both alike. Sweeps train the same, one job at a time.
+not counted warms the file cache, the tiny model and trl's cache of the tokenized data. Sweeps train
+the same, one job at a time.
 """
 
 import argparse
@@ -23,13 +23,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from measurement import Timing, machine, write_results
+from peer import LLMKIT, closed_world, words_of_trl
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -41,9 +41,6 @@ COMMAND_TARGET = 0.6  # seconds
 FIRST_STEP_TARGET = 0.7  # of trl's time
 JOB_TARGET = 1.5  # seconds
 RANKS = (2, 4, 8, 16)  # of a sweep's jobs
-LLMKIT = [sys.executable, "-m", "llmkit", "train"]
-TRL = [str(Path(sys.executable).with_name("trl")), "sft"]
-CHECKOUT = Path(__file__).parents[2]
 POLL_SECONDS = 0.005
 
 FirstStep = tuple[float, float]  # seconds since the command, loss
@@ -65,17 +62,6 @@ def main() -> None:
     show(commands, steps, jobs, ratio, described)
     if chosen.json:
         write_results(chosen.json, [*commands, *steps, *jobs], machine=described, first_step_ratio=ratio)
-
-
-def closed_world(scratch: Path) -> dict[str, str]:
-    """The environment of everything measured: this checkout, caches of its own, no network."""
-    return {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")])),
-        "LLMKIT_CACHE": str(scratch / "llmkit"),
-        "HF_HOME": str(scratch / "huggingface"),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONUNBUFFERED": "1",  # trl's loss is read from its output the moment it is printed
-    }
 
 
 def time_commands(rounds: int) -> list[Timing]:
@@ -181,35 +167,6 @@ def first_steps_of_sweep(settings: list[str], output: Path, *, warm: bool) -> li
     if process.returncode:
         raise SystemExit(f"llmkit train -m failed:\n{printed}")
     return [first[rank] - started[rank] for rank in RANKS]
-
-
-def words_of_trl(rows: Path, model: Path, output: Path, **more: object) -> list[str]:
-    """The `trl sft` command that trains what llmkit does here, with these settings beside or in place of the common."""
-    settings: dict[str, object] = {
-        "model_name_or_path": model,
-        "dataset_name": rows,
-        "output_dir": output,
-        "lora_r": 8,
-        "lora_alpha": 16,
-        "lora_dropout": 0.0,
-        "lora_target_modules": "all-linear",
-        "per_device_train_batch_size": 16,
-        "max_steps": 1,
-        "logging_steps": 1,
-        "max_length": 2048,
-        "assistant_only_loss": "true",
-        "gradient_checkpointing": "false",
-        "bf16": "false",
-        "dtype": "float32",
-        "use_cpu": "true",
-        "report_to": "none",
-        "save_strategy": "no",
-    }
-    return [
-        *TRL,
-        "--use_peft",
-        *(word for name, value in (settings | more).items() for word in (f"--{name}", str(value))),
-    ]
 
 
 def first_step_of_trl(rows: Path, model: Path, output: Path) -> FirstStep:

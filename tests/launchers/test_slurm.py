@@ -59,6 +59,19 @@ def test_a_sweep_ends_ranked_as_on_this_machine(slurm: SlurmCluster, run_llmkit,
     assert f"best: {max(there, key=lambda job: -job['objective'])['run_dir']}/final" in done.stdout
 
 
+def test_a_job_that_is_behind_those_before_it_stops_early_and_is_no_failure(slurm: SlurmCluster, run_llmkit, tmp_path):
+    words = ("early_stop=halving", "early_stop.min_steps=2", "launcher.array_parallelism=1", *FAST)
+    rates = ("-m", "training.learning_rate=1e-2,1e-5", "name=half")
+
+    done = run_llmkit("train", *SLURM, *words, *rates, env=slurm.environment)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = sweep_of(tmp_path / "runs/half")
+    assert (first["status"], second["status"]) == ("completed", "stopped")
+    assert second["error"] == "early_stop=halving: place 2 of 2 at step 2"
+    assert job_of(Path(tmp_path / second["run_dir"]))["exit_code"] == 0
+
+
 def test_one_failed_job_hides_nothing(slurm: SlurmCluster, run_llmkit, tmp_path, chats_file):
     bad = tmp_path / "bad.jsonl"
     bad.write_text("not json\n")

@@ -1,12 +1,14 @@
 """Rungs of `early_stop=halving`: where they are, and which runs go on from them."""
 
+import contextlib
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from llmkit import rundir
 from llmkit.config.schema import EarlyStopConfig
-from llmkit.training.rungs import RungFiles, judge, rung_steps
+from llmkit.training.rungs import Behind, RungFiles, Rungs, Verdict, judge, rung_steps
 
 
 @pytest.mark.parametrize(
@@ -27,7 +29,8 @@ def test_each_rung_is_so_many_times_as_far_and_none_is_at_the_end(min_steps, fac
     ("losses", "factor", "go_on"),
     [
         ({"a": 3.0, "b": 1.0, "c": 2.0}, 3, {"b"}),
-        ({"a": 3.0, "b": 1.0, "c": 2.0, "d": 4.0}, 3, {"b", "c"}),
+        ({"a": 3.0, "b": 1.0, "c": 2.0, "d": 4.0, "e": 5.0}, 3, {"b"}),
+        ({"a": 3.0, "b": 1.0, "c": 2.0, "d": 4.0}, 2, {"b", "c"}),
         ({"a": 3.0}, 3, {"a"}),
         ({"a": math.nan, "b": 9.0}, 2, {"b"}),
         ({"a": math.nan, "b": math.inf}, 2, set()),
@@ -52,4 +55,44 @@ def test_a_run_is_compared_with_those_that_were_at_the_rung_before_it(tmp_path):
         *((1, 1, True), (2, 2, False), (1, 3, True)),
         (1, 1, True),
     ]
-    assert rundir.read_json(tmp_path / "a" / "rungs.json") == {"0": 3.0, "1": 2.5}
+    assert rundir.read_json(tmp_path / "a" / "rungs.json") == {
+        "0": {"loss": 3.0, "goes_on": None},
+        "1": {"loss": 2.5, "goes_on": None},
+    }
+
+
+def rungs_at(tmp_path, step, verdict, **known):
+    """A run that is taken up at a step, its first rung being after 5; and the losses it was compared by."""
+    asked = []
+
+    def compare(rung, step, loss):
+        asked.append((rung, step, loss))
+        return verdict
+
+    if known:
+        rundir.write_json(tmp_path / "rungs.json", {"0": known})
+    rungs = Rungs(tmp_path, [5, 10], compare, {5: 2.0}.get)
+    state, control = SimpleNamespace(global_step=step), SimpleNamespace()
+    return asked, lambda: rungs.on_train_begin(None, state, control), rungs
+
+
+@pytest.mark.parametrize(("step", "known"), [(0, {}), (4, {}), (10, {}), (5, {"loss": 2.0, "goes_on": True})], ids=str)
+def test_a_run_that_is_taken_up_elsewhere_or_has_gone_on_from_its_rung_is_not_compared_again(tmp_path, step, known):
+    asked, begin, _ = rungs_at(tmp_path, step, None, **known)
+
+    begin()
+
+    assert asked == []
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_run_that_was_stopped_at_a_rung_before_the_others_came_is_compared_when_it_is_taken_up(tmp_path, goes_on):
+    verdict = Verdict(rung=0, step=5, place=1, of=2, goes_on=goes_on)
+    asked, begin, rungs = rungs_at(tmp_path, 5, verdict, loss=2.0, goes_on=None)
+
+    with contextlib.nullcontext() if goes_on else pytest.raises(Behind):
+        begin()
+
+    assert asked == [(0, 5, 2.0)]
+    assert rundir.read_json(tmp_path / "rungs.json") == {"0": {"loss": 2.0, "goes_on": goes_on}}
+    assert rungs.verdict == (None if goes_on else verdict)

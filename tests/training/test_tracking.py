@@ -34,11 +34,12 @@ def records(path: Path) -> Iterator[bytes]:
 
 @pytest.fixture(scope="module")
 def offline_run(tmp_path_factory):
-    """(run directory, the protobuf records of its W&B file)"""
+    """(run directory, the protobuf records of its W&B file), of one of two runs that train together in one process"""
     from wandb.proto import wandb_internal_pb2
 
     directory = tmp_path_factory.mktemp("wandb")
-    words = ["tracking=wandb", "tracking.tags=[demo,tiny]", "tracking.project=proof", "name=alpha", "-m", "lora.r=2"]
+    words = ["tracking=wandb", "tracking.tags=[demo,tiny]", "tracking.project=proof", "name=alpha", "-m", "lora.r=2,4"]
+    words += ["launcher=packed", "launcher.width=2"]
     words += ["training.max_steps=4", "training.logging_steps=2", "evaluation.examples=2"]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "SOME_TOKEN": "hunter2"}
     done = subprocess.run(
@@ -50,7 +51,7 @@ def offline_run(tmp_path_factory):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    run_dir = next((directory / "runs/alpha").glob("*/config.yaml")).parent
+    run_dir = directory / "runs/alpha/r=4"
     (file,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
     parsed = []
     for payload in records(file):
@@ -101,7 +102,7 @@ def test_the_resolved_config_is_uploaded_without_secrets(offline_run):
         if record.WhichOneof("record_type") == "run":
             uploaded |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
 
-    assert uploaded["lora"]["lora_alpha"] == 4
+    assert uploaded["lora"]["lora_alpha"] == 8
     assert uploaded["precision"]["name"] == "fp32"
     everything = b"".join(path.read_bytes() for path in run_dir.rglob("*") if path.is_file())
     assert b"hunter2" not in everything

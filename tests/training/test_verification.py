@@ -18,6 +18,7 @@ class Trainer:
         self.model = nn.Sequential(nn.Embedding(9, 8), nn.Dropout(dropout), nn.Linear(8, 9))
         self.args = SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False)
         self.off, self.is_alone, self.passes = off, False, 0
+        self.trained = list(self.model.parameters())
 
     @contextmanager
     def alone(self):
@@ -56,8 +57,9 @@ def test_steps_are_what_they_were_and_equality_is_told_once(dropout):
     assert losses == expected
     assert all(map(torch.equal, gradients(trainer), gradients(plain)))  # of three passes, added up
     assert trainer.passes == 3  # those alone have left no trace
+    assert all(one is other for one, other in zip(trainer.trained, trainer.model.parameters(), strict=True))
     (line,) = told
-    assert "2 micro-batches equal to the last bit to the same alone" in line
+    assert line.startswith("gradients equal to the last bit to those alone")
 
 
 def test_a_joint_pass_that_is_another_one_stops_the_run_at_once():
@@ -74,4 +76,4 @@ def test_rounding_is_told_and_no_reason_to_stop():
 
     trainer.training_step(trainer.model, BATCH)
 
-    assert "of the gradients' length away" in told[0]
+    assert "of their length away from those alone" in told[0]

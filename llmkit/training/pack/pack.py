@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO, TypeAlias
+from typing import Any, TextIO
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ from llmkit.training.pack.shared_base import sharing_weights
 from llmkit.training.pack.trunk import JointStep, JointTrunk, NotOfRows, can_join, replaced_layers
 from llmkit.training.pack.turns import Turn
 from llmkit.training.pack.verification import Verification
-from llmkit.training.rungs import Verdict, judge
+from llmkit.training.rungs import Compare, Verdict, judge, record, recorded
 from llmkit.training.stopping import StopRequest
 
 # Tokens of a run's own micro-batch from which on joint steps gain nothing: the device is busy. Seen with 25M parameters
@@ -39,8 +39,6 @@ BUSY_TOKENS = {"cpu": 128, "cuda": 4096}
 JOINT_TOKENS = {"cpu": 384, "cuda": 4096}
 
 _member: ContextVar["Member | None"] = ContextVar("member", default=None)
-
-Compare: TypeAlias = Callable[[int, int, float], Verdict]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,13 +78,16 @@ class Member:
         """Whether it waits to be compared with the others."""
         return self.turn is not None and isinstance(self.turn.asks, AtRung)
 
-    def compare(self, rung: int, step: int, loss: float) -> Verdict:
-        """Called by the run itself at a rung: wait until the others are there, and hear where it stands."""
+    def compare(self, rung: int, step: int, loss: float) -> Verdict | None:
+        """Called by the run itself at a rung: wait until the others are there, and hear where it stands.
+
+        None if it is to stop before they are.
+        """
         assert self.turn is not None
         return self.turn.wait(AtRung(rung=rung, step=step, loss=loss))
 
     def start(self, work: Callable[[], None]) -> None:
-        """Begin its work, in a thread of its own, which waits for its turn."""
+        """Begin its work, on a stack of its own, which waits for its turn."""
 
         def in_its_context() -> None:
             _member.set(self)
@@ -123,8 +124,10 @@ class Member:
         trunk.forward = joint_forward
         trainer.accelerator.backward = joint_backward
         assert isinstance(self.config.launcher, PackedLauncherConfig)
-        if self.pack.width > 1 and (count := self.config.launcher.verify):
-            Verification(trainer, count, self.alone, lambda found: self.pack.say(f"{self.run_dir.name}: {found}"))
+        if self.pack.width > 1 and (steps := self.config.launcher.verify):
+            told = f"{self.run_dir.name}, the first {steps} step{'s' if steps > 1 else ''}:"
+            count = steps * trainer.args.gradient_accumulation_steps
+            Verification(trainer, count, self.alone, lambda found: self.pack.say(f"{told} {found}"))
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -162,10 +165,10 @@ class Pack:
         self._waiting = deque(Member(self, config, run_dir, log(run_dir)) for config, run_dir in runs)
         self._training: list[Member] = []
         self._count = len(runs)
+        self._verifies = any(isinstance(c.launcher, PackedLauncherConfig) and c.launcher.verify for c, _ in runs)
         self._base: tuple[PreTrainedModel, list[int]] | None = None
         self._trunk: JointTrunk | None = None
         self._micro_batches = self._apart = 0
-        self._losses: dict[int, dict[str, float]] = {}  # of each rung, by the names of the runs
         self._told = time.monotonic()  # until when its runs have been told what part of the device they had
         self.room: tuple[int, int, int] | None = None  # bytes: in use before a step of the first run, at most, there
 
@@ -188,6 +191,8 @@ class Pack:
             checkpointing=args.gradient_checkpointing,
         )
         self.width, why = self._choose_width(trainer)
+        if self.width == 1 and self._verifies and self._count > 1:
+            why += "; launcher.verify has nothing to compare"
         self.say(f"{self._count} runs on one base, {_at_a_time(self.width)}: {why}")
 
     def _choose_width(self, trainer: Any) -> tuple[int, str]:
@@ -259,11 +264,19 @@ class Pack:
             self._training.remove(member)
 
     def _compare(self) -> None:
-        """All wait at rungs, those that are furthest behind at the same one: the best of these go on."""
+        """All wait at rungs, those that are furthest behind at the same one: the best of these go on.
+
+        With them count those that have been there before, in another pack or before a stop.
+        """
         rung = min(member.asks.rung for member in self._training)
         there = [member for member in self._training if member.asks.rung == rung]
-        losses = self._losses.setdefault(rung, {})
-        losses.update({member.run_dir.name: member.asks.loss for member in there})
+        if self._stop.signal:  # others may not have come to this rung
+            for member in there:
+                self._go(member, None)
+            return
+        for member in there:
+            record(member.run_dir, rung, member.asks.loss)
+        losses = recorded(there[0].run_dir.parent, rung)
         for member in there:
             factor = member.config.early_stop.reduction_factor
             step, name = member.asks.step, member.run_dir.name

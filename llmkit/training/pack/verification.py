@@ -1,4 +1,4 @@
-"""`launcher.verify=N`: beside a run's first N joint micro-batches, the same ones alone.
+"""`launcher.verify=N`: beside the joint micro-batches of a run's first N steps, the same ones alone.
 
 What a joint pass may differ by from a run's own is rounding: matrix products of other shapes add in another order. How
 much that moves a gradient is measured too, by the run's own pass with its rows one padded column longer.
@@ -94,8 +94,8 @@ class Verification:
                 f"away; one more padded column moves it by {padded:.1e}. launcher=local trains each run by itself."
             )
         if self.done == self.count:
-            found = f"{joint:.0e} of the gradients' length away from" if joint else "equal to the last bit to"
-            self.tell(f"{self.count} micro-batches {found} the same alone (one more padded column: {padded:.0e})")
+            found = f"{joint:.0e} of their length away from" if joint else "equal to the last bit to"
+            self.tell(f"gradients {found} those alone (one more padded column: {padded:.0e})")
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad]

@@ -35,6 +35,7 @@ class _Running:
     process: Process
     open_files: contextlib.ExitStack  # the locks of the run directories, and where the output goes
     gpus: list[str]
+    is_pack: bool
 
 
 class _Gpus:
@@ -117,7 +118,7 @@ def run_all(sweep: Sweep) -> None:
 
 def _collect_ended(run: _Running, sweep: Sweep) -> None:
     """Note which runs of a pack have come to their ends while others go on."""
-    for job in list(run.jobs) if len(run.jobs) > 1 else []:
+    for job in list(run.jobs) if run.is_pack else []:
         if result := rundir.read_result(job.run_dir):
             run.jobs.remove(job)
             record_end(job.run_dir, rundir.exit_code(result))
@@ -170,4 +171,4 @@ def _start(
     for job in jobs:
         record_start(job.run_dir, worker)
         sweep.record(job, status="running")
-    return _Running(jobs, worker, open_files, gpus)
+    return _Running(jobs, worker, open_files, gpus, is_pack=len(jobs) > 1)

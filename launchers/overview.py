@@ -147,7 +147,9 @@ def _end(detail: str) -> str:
 def _seen(run_dir: Path, record: JobRecord | None, told: dict[str, Seen] | None, *, ended: bool) -> Seen:
     """Where a run's job is; of a run on this machine its lock tells, and of a silent scheduler's whether it `ended`."""
     if record is None or record.launcher not in SCHEDULERS:
-        return Seen(state=RUNNING if rundir.is_locked(run_dir) else ENDED)
+        # A pack holds the locks of all its runs until the last one's end.
+        is_over = record is not None and record.state == ENDED
+        return Seen(state=RUNNING if rundir.is_locked(run_dir) and not is_over else ENDED)
     if told is None:
         return Seen(state=ENDED if ended and record.state == RUNNING else record.state)
     return judged(record, told.get(record.job_id))

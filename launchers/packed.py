@@ -54,9 +54,10 @@ def packs(jobs: Sequence[Job], *, devices: int = 1) -> list[list[Job]]:
         reason = why_not(job.config)
         if reason:
             print(f"alone   {job.run_dir.name}: {reason}", file=sys.stderr, flush=True)
-        key = str(job.run_dir) if reason else _shared(job.config)
+        key = str(job.run_dir) if reason else json.dumps(_shared(job.config), sort_keys=True, default=str)
         alike.setdefault(key, []).append(job)
     found = list(alike.values())
+    _say_who_differs(found)
     while len(found) < devices and (largest := max(found, key=len)) and len(largest) > 1:
         found.remove(largest)
         half = (len(largest) + 1) // 2
@@ -70,6 +71,8 @@ def why_not(config: TrainConfig) -> str | None:
         return f"method={config.method.name} trains the base itself; only lora and qlora leave it to be shared"
     if in_group(config):
         return "a run of several processes has them to itself"
+    if config.qlora is not None and config.qlora.bits == 8:
+        return "qlora.bits=8 rounds a batch by its largest activations, which would be those of all runs"
     if config.lora.bias != "none":
         return f"lora.bias={config.lora.bias} trains biases of the base, which the others share"
     if trackers := set(config.tracking.report_to) - OF_EACH_RUN:
@@ -79,10 +82,34 @@ def why_not(config: TrainConfig) -> str | None:
     return None
 
 
-def _shared(config: TrainConfig) -> str:
-    """All that runs of one pack have in common, as one string."""
+def _say_who_differs(packs: Sequence[Sequence[Job]]) -> None:
+    """Say of jobs that could share a base with others, but have no job like themselves, what they differ in."""
+    could = [pack for pack in packs if why_not(pack[0].config) is None]
+    if len(could) < 2:
+        return
+    largest = max(could, key=len)
+    others = _dotted(_shared(largest[0].config))
+    for pack in could:
+        if len(pack) == 1 and pack is not largest:
+            own = _dotted(_shared(pack[0].config))
+            keys = sorted(key for key in own.keys() | others.keys() if own.get(key) != others.get(key))
+            name = pack[0].run_dir.name
+            print(f"alone   {name}: differs from the others in {', '.join(keys)}", file=sys.stderr, flush=True)
+
+
+def _shared(config: TrainConfig) -> dict[str, Any]:
+    """All that runs of one pack have in common."""
     values: dict[str, Any] = dataclasses.asdict(config)
     for node, keys in OWN.items():
         for key in keys:
             (values[node] if node else values).pop(key)
-    return json.dumps(values, sort_keys=True, default=str)
+    if config.data.special_tokens_init == "sample":  # draws the rows of new tokens, which are the base's
+        values["seed"] = config.seed
+    return values
+
+
+def _dotted(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _dotted(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+    return found

@@ -77,6 +77,9 @@ def is_finished(config: TrainConfig, run_dir: Path) -> bool:
     Raises ConfigError as `finished_result` and `finished_elsewhere` do.
     """
     if result := finished_result(config, run_dir):
+        if result["status"] != "completed":
+            print(f"{run_dir} holds this run: {result['error']}. early_stop=none beside it goes on.")
+            return True
         value = "" if result["objective"] is None else f": {result['objective_name']} {result['objective']:.4g}"
         print(f"{run_dir} holds this run, finished{value}. Nothing to do.")
         if changed_since(config.data.path, run_dir / rundir.RESULT):

@@ -124,6 +124,8 @@ def _cancel(words: list[str]) -> int:
     for view in under_way:
         record, config = JobRecord.read(view.run_dir), load(view.run_dir)
         if record is None or record.launcher not in SCHEDULERS:
+            if mates := _trained_with(view.run_dir, record):
+                print(f"cancel  {', '.join(mates)}: trained in one process with {view.run_dir.name}")
             _end_process(view.run_dir, (record and record.process) or rundir.lock_holder(view.run_dir))
         else:
             try:
@@ -135,6 +137,18 @@ def _cancel(words: list[str]) -> int:
                 record.write(view.run_dir)
         print(f"cancel  {view.run_dir}   {view.launcher} {view.job_id} ({view.state})", flush=True)
     return EXIT_DONE
+
+
+def _trained_with(run_dir: Path, record: JobRecord | None) -> list[str]:
+    """The other runs of its pack that are under way; none for a run that has its process to itself."""
+    if record is None:
+        return []
+    others = ((path.name, JobRecord.read(path)) for path in runs_below([run_dir.parent]) if path != run_dir)
+    return [
+        name
+        for name, other in others
+        if other and other.state != ENDED and (other.host, other.process) == (record.host, record.process)
+    ]
 
 
 def _give_up(run_dirs: Sequence[Path]) -> int:

@@ -11,9 +11,11 @@ from llmkit import rundir
 from llmkit.cli import print_error
 from llmkit.config import TrainConfig, load
 from llmkit.errors import EXIT_DONE, EXIT_PREEMPTED, LlmkitError
+from llmkit.failure import Failure
 from llmkit.processes import end, stop_with_driver
+from llmkit.training.pack.output import Output
 from llmkit.training.stopping import StopRequest
-from llmkit.worker import merge_if_asked, no_garbage_collection, run_to_end, settle_in
+from llmkit.worker import end_in_failure, merge_if_asked, no_garbage_collection, run_to_end, settle_in
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,15 +29,18 @@ def main(argv: list[str] | None = None) -> int:
         print_error(error)
         return error.exit_code
     stop = StopRequest().watch()
-    settle_in(runs[0][0])
+    output = Output(sys.stdout)
+    sys.stdout = sys.stderr = output  # before libraries are imported, whose logs keep the stream that they find
+    try:
+        settle_in(runs[0][0])
+    except Exception as error:
+        return max(end_in_failure(Failure.of(error, config), config, run_dir) for config, run_dir in runs)
     with contextlib.ExitStack() as open_files:
         for lock in locks:
             open_files.enter_context(lock)
         with no_garbage_collection():
             from llmkit.training.pack.pack import Pack
-            from llmkit.training.pack.process_state import Output
 
-        sys.stdout = sys.stderr = output = Output(sys.stdout)
         codes: dict[Path, int] = {}
 
         def work(config: TrainConfig, run_dir: Path) -> None:
@@ -47,7 +52,9 @@ def main(argv: list[str] | None = None) -> int:
             width=runs[0][0].launcher.width,
             stop=stop,
             output=output,
-            log=lambda run_dir: open_files.enter_context((run_dir / rundir.CONSOLE).open("a", buffering=1)),
+            log=lambda run_dir: open_files.enter_context(
+                (run_dir / rundir.CONSOLE).open("a", buffering=1, encoding="utf-8")
+            ),
         )
         pack.run()
         for config, run_dir in runs:

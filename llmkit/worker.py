@@ -136,10 +136,12 @@ def warm_up(configs: Sequence[TrainConfig]) -> None:
 
 
 def _train(config: TrainConfig, run_dir: Path, stop: StopRequest) -> dict[str, Any]:
-    with no_garbage_collection():
+    name = f"llmkit.recipes.{config.recipe}"
+    # Of several runs in a process only the first imports; what the others have left is to be collected.
+    with contextlib.nullcontext() if name in sys.modules else no_garbage_collection():
         from llmkit.training.console import RunConsole
 
-        recipe = importlib.import_module(f"llmkit.recipes.{config.recipe}")
+        recipe = importlib.import_module(name)
     return recipe.run(config, run_dir, RunConsole(), stop)
 
 

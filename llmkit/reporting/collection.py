@@ -172,7 +172,8 @@ def _states(jobs: Sequence[_Job]) -> list[State]:
     states = []
     for job in jobs:
         if (result := ended.get(job.directory)) is not None:
-            states.append(State(status=result["status"], reason=_first_line(result.get("error"))))
+            reason, was_behind = _first_line(result.get("error")), bool(result.get("early_stop"))
+            states.append(State(status=result["status"], reason=reason, was_behind=was_behind))
         elif (view := views.get(job.directory)) is None or (view.state == "unknown" and job.status not in LOSABLE):
             states.append(State(status=job.status, reason=_first_line(job.error)))
         else:

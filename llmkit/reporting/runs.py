@@ -67,6 +67,7 @@ class State:
     status: str
     reason: str = ""  # one line
     steps: int | None = None  # that it will have taken at its end
+    was_behind: bool = False  # and stopped therefore, by early_stop
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -57,6 +57,11 @@ def cautions(report: Report) -> Iterator[str]:
         yield from _overlap(report, report.winner)
     if len({run.fingerprint for run in report.runs if run.fingerprint}) > 1:
         yield "The runs were trained on different rows; figures measured on different rows do not compare."
+    if behind := sum(run.state.was_behind for run in report.runs):
+        yield (
+            f"{behind} of {len(report.runs)} runs were stopped early, behind the others by then (early_stop): one that "
+            "learns slowly at first may be among them."
+        )
     if under_way := report.count("waiting", "queued", "running"):
         yield f"{under_way} of {len(report.runs)} runs were not at their end when this was written: ranks may change."
 

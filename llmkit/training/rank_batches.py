@@ -86,13 +86,20 @@ def rank_loader(
     *,
     device: torch.device,
     pin_memory: bool,
+    generator: torch.Generator | None = None,
 ) -> DataLoader:
-    """Loads one rank's batches to its device; those without a row become Blank."""
+    """Loads one rank's batches to its device; those without a row become Blank.
+
+    Args:
+        generator: what it draws its workers' seed from, at each pass; None: torch's numbers on the CPU.
+    """
 
     def collate_or_blank(rows: list[dict[str, Any]]) -> dict[str, Any]:
         return collate(rows) if rows else Blank(collate([_blank_row(dataset[0])]))
 
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate_or_blank, pin_memory=pin_memory)
+    loader = DataLoader(
+        dataset, batch_sampler=batches, collate_fn=collate_or_blank, pin_memory=pin_memory, generator=generator
+    )
     # For Accelerate there is one process: the sampler knows of the others.
     return prepare_data_loader(loader, device, num_processes=1, process_index=0, put_on_device=True)
 

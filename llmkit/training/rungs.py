@@ -15,17 +15,17 @@ from transformers import TrainerCallback
 
 from llmkit import rundir
 from llmkit.config.schema import EarlyStopConfig
+from llmkit.training.ranks import on_main
 
-RUNGS = "rungs.json"  # in a run's directory: its loss at each rung, and whether it went on; null while that is open
+RUNGS = "rungs.json"  # in a run's directory: its loss after each rung's step, and whether it went on; null while open
 
-Compare: TypeAlias = Callable[[int, int, float], "Verdict | None"]  # rung, step, held-out loss -> where the run stands
+Compare: TypeAlias = Callable[[int, float], "Verdict | None"]  # step, held-out loss -> where the run stands
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """Where a run stands at a rung, among those that have been there."""
 
-    rung: int  # from 0
     step: int
     place: int  # from 1
     of: int
@@ -47,12 +47,12 @@ def rung_steps(settings: EarlyStopConfig, total: int) -> list[int]:
     return steps
 
 
-def judge(losses: Mapping[str, float], name: str, *, rung: int, step: int, factor: int) -> Verdict:
+def judge(losses: Mapping[str, float], name: str, *, step: int, factor: int) -> Verdict:
     """Where the run of that name stands among `losses`: one in `factor` goes on, and at least one."""
     order = sorted(losses, key=lambda one: (not math.isfinite(losses[one]), losses[one], one))
     place = order.index(name) + 1
     goes_on = place <= max(len(order) // factor, 1) and math.isfinite(losses[name])
-    return Verdict(rung=rung, step=step, place=place, of=len(order), goes_on=goes_on)
+    return Verdict(step=step, place=place, of=len(order), goes_on=goes_on)
 
 
 def compares(run_dir: Path) -> bool:
@@ -60,16 +60,16 @@ def compares(run_dir: Path) -> bool:
     return (run_dir.parent / rundir.SWEEP).exists()
 
 
-def record(run_dir: Path, rung: int, loss: float, *, goes_on: bool | None = None) -> None:
+def record(run_dir: Path, step: int, loss: float, *, goes_on: bool | None = None) -> None:
     """Write down what a run had at a rung."""
     earlier = rundir.read_json(run_dir / RUNGS) or {}
-    rundir.write_json(run_dir / RUNGS, earlier | {str(rung): {"loss": loss, "goes_on": goes_on}})
+    rundir.write_json(run_dir / RUNGS, earlier | {str(step): {"loss": loss, "goes_on": goes_on}})
 
 
-def recorded(sweep: Path, rung: int) -> dict[str, float]:
-    """The losses of a sweep's runs that have been at a rung, by their names."""
+def recorded(sweep: Path, step: int) -> dict[str, float]:
+    """The losses of a sweep's runs that have been at the rung after that step, by their names."""
     found = {path.parent.name: rundir.read_json(path) or {} for path in sweep.glob(f"*/{RUNGS}")}
-    return {name: rungs[str(rung)]["loss"] for name, rungs in found.items() if str(rung) in rungs}
+    return {name: rungs[str(step)]["loss"] for name, rungs in found.items() if str(step) in rungs}
 
 
 class RungFiles:
@@ -78,14 +78,13 @@ class RungFiles:
     def __init__(self, run_dir: Path, *, factor: int):
         self.run_dir, self.factor = run_dir, factor
 
-    def __call__(self, rung: int, step: int, loss: float) -> Verdict:
-        record(self.run_dir, rung, loss)
-        losses = recorded(self.run_dir.parent, rung)
-        return judge(losses, self.run_dir.name, rung=rung, step=step, factor=self.factor)
+    def __call__(self, step: int, loss: float) -> Verdict:
+        record(self.run_dir, step, loss)
+        return judge(recorded(self.run_dir.parent, step), self.run_dir.name, step=step, factor=self.factor)
 
 
 class Behind(Exception):
-    """The run is not to train on from the rung at which it was taken up."""
+    """The run is not to train on from the step at which it was taken up."""
 
 
 class Rungs(TrainerCallback):
@@ -99,13 +98,16 @@ class Rungs(TrainerCallback):
     def __init__(self, run_dir: Path, steps: list[int], compare: Compare, loss_at: Callable[[int], float | None]):
         self.run_dir, self.steps, self.compare, self.loss_at = run_dir, steps, compare, loss_at
         self.verdict: Verdict | None = None  # of the rung at which the run has been stopped
+        self._has_trained = False  # since it was taken up: until then its checkpoint holds all there is
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step not in self.steps or (loss := self.loss_at(state.global_step)) is None:
             return
-        known = (rundir.read_json(self.run_dir / RUNGS) or {}).get(str(self.steps.index(state.global_step)), {})
-        if known.get("goes_on") is None and not self._goes_on(state.global_step, loss):
+        if not self._goes_on(state.global_step, loss):
             raise Behind
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._has_trained = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_evaluate |= state.global_step in self.steps
@@ -114,14 +116,23 @@ class Rungs(TrainerCallback):
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
     ) -> None:
         loss = (metrics or {}).get("eval_loss", math.nan)
-        if state.global_step in self.steps and not self._goes_on(state.global_step, loss):
-            control.should_save = control.should_training_stop = True
+        if state.global_step not in self.steps or self._goes_on(state.global_step, loss):
+            return
+        if not self._has_trained:  # an evaluation that was made up for
+            raise Behind
+        control.should_save = control.should_training_stop = True
 
     def _goes_on(self, step: int, loss: float) -> bool:
-        rung = self.steps.index(step)
-        verdict = self.compare(rung, step, loss)
-        if verdict is None:
-            return False
-        record(self.run_dir, rung, loss, goes_on=verdict.goes_on)
-        self.verdict = None if verdict.goes_on else verdict
-        return verdict.goes_on
+        """On all ranks what the first one finds: other runs may come to the rung between two looks."""
+        verdict, goes_on = on_main(lambda: self._compared(step, loss))
+        self.verdict = None if goes_on else verdict
+        return goes_on
+
+    def _compared(self, step: int, loss: float) -> tuple[Verdict | None, bool]:
+        known = (rundir.read_json(self.run_dir / RUNGS) or {}).get(str(step), {})
+        if known.get("goes_on"):  # and was stopped later on, before its next checkpoint
+            return None, True
+        verdict = self.compare(step, loss)
+        if verdict is not None:
+            record(self.run_dir, step, loss, goes_on=verdict.goes_on)
+        return verdict, verdict is not None and verdict.goes_on

@@ -16,6 +16,7 @@ from llmkit.training.checkpoints.saving import CheckpointWriter
 from llmkit.training.console import RunConsole
 from llmkit.training.engine import engine_in_use
 from llmkit.training.metrics import MetricsFile
+from llmkit.training.pack.pack import seconds_of_device
 from llmkit.training.ranks import is_main
 from llmkit.training.ready import Ready
 from llmkit.training.stopping import StopRequest
@@ -53,6 +54,12 @@ class Saves:
     def seconds(self) -> float:
         """How long the run has taken, with what led to the checkpoint it goes on from."""
         return time.monotonic() - self._began
+
+    @property
+    def device_seconds(self) -> float:
+        """Of these, those in which the run had its devices for itself: runs that train together share theirs."""
+        before = self.earlier.get("seconds", 0.0)
+        return self.earlier.get("device_seconds", before) + seconds_of_device(self.seconds - before)
 
     @property
     def step(self) -> int:
@@ -99,6 +106,7 @@ class Saves:
             "config_hash": hashlib.sha256((self.run_dir / rundir.CONFIG).read_bytes()).hexdigest(),
             **self._fingerprints,
             "seconds": self.seconds,
+            "device_seconds": self.device_seconds,
             "tracker": tracker.run_id,
             "eval_loss": metrics.eval_loss_at(trainer.state.global_step),
             "evaluation_pending": trainer.evaluation_pending,

@@ -30,8 +30,8 @@ from llmkit.training.final_test import measure_test
 from llmkit.training.generation import AnswerGenerator
 from llmkit.training.memory import peak_memory
 from llmkit.training.metrics import MetricsFile, draw_losses, last_tokens, mean_loss
-from llmkit.training.pack.pack import compare_in_pack, device_seconds, join_pack
-from llmkit.training.ranks import any_rank, gathered, is_main
+from llmkit.training.pack.pack import compare_in_pack, join_pack
+from llmkit.training.ranks import any_rank, gathered, is_main, on_main
 from llmkit.training.ready import Ready
 from llmkit.training.rungs import Behind, RungFiles, Rungs, compares, rung_steps
 from llmkit.training.saves import Saves
@@ -97,13 +97,16 @@ class Session:
         self._at_begin = AtBegin(self._state_engine, lambda: join_pack(trainer))
         trainer.add_callback(self._at_begin)
         self.rungs: Rungs | None = None
-        if config.early_stop.name == "halving" and compares(run_dir):
+        if config.early_stop.name == "halving" and on_main(lambda: compares(run_dir)):
             steps = rung_steps(config.early_stop, total_steps(config.training, len(self.data.train.dataset)))
             factor = config.early_stop.reduction_factor
             compare = compare_in_pack() or RungFiles(run_dir, factor=factor)
             self.rungs = Rungs(run_dir, steps, compare, self.metrics.eval_loss_at)
             trainer.add_callback(self.rungs)
-            console.fact("rungs", f"compared with the sweep's other runs after {', '.join(map(str, steps))} steps")
+            if steps:
+                console.fact("rungs", f"compared with the sweep's other runs after {', '.join(map(str, steps))} steps")
+            else:
+                console.warn(f"early_stop.min_steps={config.early_stop.min_steps:g} is no step before the last one")
         if self.tracker.where:
             console.fact("tracking", self.tracker.where)
 
@@ -211,7 +214,9 @@ class Session:
         if self.stopped:
             self.trainer.writer.wait()
             if self.rungs is not None and self.rungs.verdict is not None:
-                self.console.fact("stopped", f"{self.rungs.verdict.in_words()}, saved; early_stop=none goes on")
+                self.console.fact(
+                    "stopped", f"{self.rungs.verdict.in_words()}, saved; with early_stop=none the same command goes on"
+                )
                 return self._result()
             by, step = self.stop.signal or "a signal to another rank", self.trainer.state.global_step
             self.console.fact("stopped", f"by {by} at step {step}, saved; llmkit resume {self.run_dir} goes on")
@@ -278,7 +283,7 @@ class Session:
         train_loss = mean_loss(records)
         figures = {**self.figures, "train_loss": train_loss}
         devices = config.hardware.num_processes * config.hardware.num_nodes
-        used = device_seconds(seconds) * devices
+        used = self.saves.device_seconds * devices
         price = config.hardware.price_per_hour
         verdict = self.rungs.verdict if self.rungs is not None else None
         if verdict is not None:

@@ -92,15 +92,19 @@ class RunMixin:
             rank=self.accelerator.process_index,
             ranks=self.accelerator.num_processes,
         )
-        return self._rank_loader(dataset, batches)
+        # Of its own: an evaluation must not change what dropout draws after it.
+        return self._rank_loader(dataset, batches, generator=torch.Generator())
 
-    def _rank_loader(self, dataset: datasets.Dataset, batches: Sampler[list[int]]) -> DataLoader:
+    def _rank_loader(
+        self, dataset: datasets.Dataset, batches: Sampler[list[int]], generator: torch.Generator | None = None
+    ) -> DataLoader:
         return rank_loader(
             self._remove_unused_columns(dataset),  # type: ignore[attr-defined]
             batches,
             self.data_collator,
             device=self.accelerator.device,
             pin_memory=self.args.dataloader_pin_memory,
+            generator=generator,
         )
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:

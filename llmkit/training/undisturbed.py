@@ -12,7 +12,7 @@ import torch
 
 @contextmanager
 def undisturbed(trainer: Any) -> Iterator[None]:
-    """Within the block the trainer may do forward and backward passes, but no update, before training has begun."""
+    """Within the block the trainer may do forward and backward passes, but no update. Gradients are gone afterwards."""
     model = trainer.model
     # Enabling gradient checkpointing adds a hook each time, and TRL's DPO does so in every step (transformers 5.19).
     modules = [(module, module.training, dict(module._forward_hooks)) for module in model.modules()]

@@ -163,7 +163,18 @@ def test_runs_are_packed_that_differ_in_nothing_but_what_is_their_own(job, capsy
     found = [[one.run_dir.name for one in pack] for pack in packs(jobs)]
 
     assert found == [["a", "b", "e"], ["c"], ["d"]]
-    assert "alone   d: method=full trains the base itself" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "alone   d: method=full trains the base itself" in said
+    assert "alone   c: differs from the others in training.global_batch_size" in said
+
+
+def test_runs_whose_seed_draws_a_part_of_the_base_do_not_share_one(job):
+    sampled = ["method=lora", "data.special_tokens=[<a>]", "data.special_tokens_init=sample"]
+    jobs = [job("a", *sampled, "lora.r=4", "seed=1"), job("b", *sampled, "lora.r=8", "seed=1")]
+
+    found = packs([*jobs, job("c", *sampled, "seed=2")])
+
+    assert [[one.run_dir.name for one in pack] for pack in found] == [["a", "b"], ["c"]]
 
 
 def test_each_device_gets_a_pack_where_there_are_jobs_enough(job):
@@ -178,6 +189,7 @@ def test_each_device_gets_a_pack_where_there_are_jobs_enough(job):
     [
         (["method=full"], "method=full trains the base itself"),
         (["method=lora", "lora.bias=all"], "trains biases of the base"),
+        (["method=qlora", "qlora.bits=8"], "rounds a batch by its largest activations"),
         (["method=lora", "lora.init_lora_weights=pissa"], "changes the base"),
         (["method=lora", "hardware.num_processes=2", "hardware=cpu"], "several processes"),
     ],
@@ -199,6 +211,7 @@ def test_runs_that_are_behind_at_a_rung_stop_there_and_the_winner_is_as_if_alone
     run_llmkit, tmp_path, launcher, is_stopped
 ):
     few = ["training.max_steps=20", "early_stop.min_steps=5", "training.logging_steps=1", "evaluation=off"]
+    few += ["lora.lora_dropout=0.1"]
     words = ["train", "name=half", *launcher, *few, *HALVING]
     if is_stopped:  # when the first waits at a rung for the others, of which one has begun
         driver = subprocess.Popen(

@@ -119,6 +119,23 @@ def test_a_sweep_under_way_shows_every_job_and_why_one_failed(make_run, tmp_path
     assert any("2 of 4 runs were not at their end" in caution for caution in cautions(report))
 
 
+def test_a_run_that_was_stopped_early_says_why_and_that_it_might_have_learnt_later(make_run, tmp_path):
+    make_run("s/a", records=losses(2.0), status="completed", eval_loss=2.0, objective=2.0)
+    verdict = {"step": 5, "place": 2, "of": 2, "goes_on": False}
+    reason = "early_stop=halving: place 2 of 2 at step 5"
+    make_run("s/b", records=losses(3.0), status="stopped", early_stop=verdict, error=reason, eval_loss=3.0)
+    sweep = write_sweep(
+        tmp_path / "s",
+        {"run_dir": "s/a", "overrides": ["seed=1"], "objective": 2.0},
+        {"run_dir": "s/b", "overrides": ["seed=2"], "status": "stopped", "error": reason},
+    )
+
+    report = read_report([sweep])
+
+    assert [(run.state.status, run.state.reason) for run in report.runs] == [("completed", ""), ("stopped", reason)]
+    assert any(caution.startswith("1 of 2 runs were stopped early, behind") for caution in cautions(report))
+
+
 def test_runs_without_an_evaluation_or_with_one_that_is_no_number_are_not_ranked(make_run, tmp_path):
     make_run("s/a", records=losses(2.0), status="completed", train_loss=2.0)
     make_run("s/b", records=losses(2.0), status="completed", train_loss=2.0, eval_loss=math.nan, objective=math.nan)

@@ -38,7 +38,7 @@ def test_each_rung_is_so_many_times_as_far_and_none_is_at_the_end(min_steps, fac
     ],
 )
 def test_one_run_in_so_many_goes_on_the_best_first_and_none_without_a_loss(losses, factor, go_on):
-    verdicts = {name: judge(losses, name, rung=0, step=5, factor=factor) for name in losses}
+    verdicts = {name: judge(losses, name, step=5, factor=factor) for name in losses}
 
     assert {name for name, verdict in verdicts.items() if verdict.goes_on} == go_on
     assert sorted(verdict.place for verdict in verdicts.values()) == list(range(1, len(losses) + 1))
@@ -49,15 +49,15 @@ def test_a_run_is_compared_with_those_that_were_at_the_rung_before_it(tmp_path):
     for name in runs:
         (tmp_path / name).mkdir()
 
-    verdicts = [runs["a"](0, 5, 3.0), runs["b"](0, 5, 4.0), runs["c"](0, 5, 2.0), runs["a"](1, 10, 2.5)]
+    verdicts = [runs["a"](5, 3.0), runs["b"](5, 4.0), runs["c"](5, 2.0), runs["a"](10, 2.5)]
 
     assert [(one.place, one.of, one.goes_on) for one in verdicts] == [
         *((1, 1, True), (2, 2, False), (1, 3, True)),
         (1, 1, True),
     ]
     assert rundir.read_json(tmp_path / "a" / "rungs.json") == {
-        "0": {"loss": 3.0, "goes_on": None},
-        "1": {"loss": 2.5, "goes_on": None},
+        "5": {"loss": 3.0, "goes_on": None},
+        "10": {"loss": 2.5, "goes_on": None},
     }
 
 
@@ -65,12 +65,12 @@ def rungs_at(tmp_path, step, verdict, **known):
     """A run that is taken up at a step, its first rung being after 5; and the losses it was compared by."""
     asked = []
 
-    def compare(rung, step, loss):
-        asked.append((rung, step, loss))
+    def compare(step, loss):
+        asked.append((step, loss))
         return verdict
 
     if known:
-        rundir.write_json(tmp_path / "rungs.json", {"0": known})
+        rundir.write_json(tmp_path / "rungs.json", {"5": known})
     rungs = Rungs(tmp_path, [5, 10], compare, {5: 2.0}.get)
     state, control = SimpleNamespace(global_step=step), SimpleNamespace()
     return asked, lambda: rungs.on_train_begin(None, state, control), rungs
@@ -87,12 +87,24 @@ def test_a_run_that_is_taken_up_elsewhere_or_has_gone_on_from_its_rung_is_not_co
 
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_a_run_that_was_stopped_at_a_rung_before_the_others_came_is_compared_when_it_is_taken_up(tmp_path, goes_on):
-    verdict = Verdict(rung=0, step=5, place=1, of=2, goes_on=goes_on)
+    verdict = Verdict(step=5, place=1, of=2, goes_on=goes_on)
     asked, begin, rungs = rungs_at(tmp_path, 5, verdict, loss=2.0, goes_on=None)
 
     with contextlib.nullcontext() if goes_on else pytest.raises(Behind):
         begin()
 
-    assert asked == [(0, 5, 2.0)]
-    assert rundir.read_json(tmp_path / "rungs.json") == {"0": {"loss": 2.0, "goes_on": goes_on}}
+    assert asked == [(5, 2.0)]
+    assert rundir.read_json(tmp_path / "rungs.json") == {"5": {"loss": 2.0, "goes_on": goes_on}}
     assert rungs.verdict == (None if goes_on else verdict)
+
+
+def test_a_run_whose_evaluation_at_a_rung_is_made_up_for_takes_no_step_more_if_it_is_behind(tmp_path):
+    _, _, rungs = rungs_at(tmp_path, 5, Verdict(step=5, place=2, of=2, goes_on=False))
+    state, control = SimpleNamespace(global_step=5), SimpleNamespace(should_save=False, should_training_stop=False)
+
+    with pytest.raises(Behind):
+        rungs.on_evaluate(None, state, control, {"eval_loss": 3.0})
+
+    rungs.on_step_begin(None, state, control)
+    rungs.on_evaluate(None, state, control, {"eval_loss": 3.0})
+    assert control.should_save and control.should_training_stop  # noqa: PT018

@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 
-from llmkit.training.pack.process_state import Output, ProcessState
+from llmkit.training.pack.output import Output
+from llmkit.training.pack.process_state import ProcessState
 from llmkit.training.pack.shared_base import sharing_weights
 from llmkit.training.pack.trunk import JointTrunk, NotOfRows, replaced_layers
 

@@ -5,10 +5,11 @@ would apply the decoder to a batch, it waits until the others are there too; the
 and each goes on with its own part: head, loss, gradient of that. The gradients go back together likewise.
 """
 
+import gc
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llmkit.config import TrainConfig
 from llmkit.config.launcher_schema import PackedLauncherConfig
-from llmkit.training.advice import is_out_of_memory
+from llmkit.errors import OutOfMemory
+from llmkit.training.advice import is_out_of_memory, reason
 from llmkit.training.longest_batch import row_lengths
 from llmkit.training.memory import in_units
 from llmkit.training.pack.process_state import Output, ProcessState
@@ -45,7 +47,6 @@ _member: ContextVar["Member | None"] = ContextVar("member", default=None)
 class AtRung:
     """What a member asks for that waits to be compared with the others."""
 
-    rung: int
     step: int
     loss: float
 
@@ -61,7 +62,6 @@ class Member:
         self.layers: dict[str, nn.Module] = {}
         self.micro_batches = 0
         self.device_seconds = 0.0  # its part of the time that the pack has trained
-        self.began = time.monotonic()
         self.state = ProcessState(pack.output, log)
         self.turn: Turn | None = None
         self._part: torch.Tensor | None = None  # of a joint step, until its gradient is there
@@ -78,13 +78,13 @@ class Member:
         """Whether it waits to be compared with the others."""
         return self.turn is not None and isinstance(self.turn.asks, AtRung)
 
-    def compare(self, rung: int, step: int, loss: float) -> Verdict | None:
+    def compare(self, step: int, loss: float) -> Verdict | None:
         """Called by the run itself at a rung: wait until the others are there, and hear where it stands.
 
         None if it is to stop before they are.
         """
         assert self.turn is not None
-        return self.turn.wait(AtRung(rung=rung, step=step, loss=loss))
+        return self.turn.wait(AtRung(step=step, loss=loss))
 
     def start(self, work: Callable[[], None]) -> None:
         """Begin its work, on a stack of its own, which waits for its turn."""
@@ -171,6 +171,7 @@ class Pack:
         self._micro_batches = self._apart = 0
         self._told = time.monotonic()  # until when its runs have been told what part of the device they had
         self.room: tuple[int, int, int] | None = None  # bytes: in use before a step of the first run, at most, there
+        self._most = self._count  # runs that are begun and not ended, at rungs too
 
     def base(self, load: Callable[[], tuple[PreTrainedModel, list[int]]]) -> tuple[PreTrainedModel, list[int]]:
         """The base that all share, loaded by the first who asks: each gets modules of its own around its weights."""
@@ -187,9 +188,12 @@ class Pack:
         args = trainer.args
         self._trunk = JointTrunk(
             sharing_weights(self._base[0]),
-            autocast=trainer.accelerator.autocast,
+            autocast=_autocast(args),
             checkpointing=args.gradient_checkpointing,
         )
+        if self.room is not None:
+            before, needed, there = self.room
+            self._most = max((there - before) // max(needed - before, 1), 1)
         self.width, why = self._choose_width(trainer)
         if self.width == 1 and self._verifies and self._count > 1:
             why += "; launcher.verify has nothing to compare"
@@ -197,11 +201,14 @@ class Pack:
 
     def _choose_width(self, trainer: Any) -> tuple[int, str]:
         """How many runs train at a time, and why."""
-        args = trainer.args
+        args, rows = trainer.args, trainer.train_dataset
         assert self._trunk is not None
-        if reason := self._trunk.why_apart():
-            return 1, reason
-        tokens = int(row_lengths(trainer.train_dataset).mean() * args.per_device_train_batch_size)
+        if why := self._trunk.why_apart():
+            return 1, why
+        if "seq_lengths" in rows.column_names:
+            return 1, "what keeps the examples of packed rows apart (data.packing) is said of a whole batch"
+        sides = 2 if "chosen_ids" in rows.column_names else 1  # of a pair, one below the other
+        tokens = int(row_lengths(rows).mean() * args.per_device_train_batch_size * sides)
         device, said = args.device.type, f"a micro-batch has {tokens} tokens"
         is_busy = tokens >= BUSY_TOKENS[device]
         if self._width_asked:
@@ -210,12 +217,10 @@ class Pack:
         if is_busy:
             return 1, f"{said}, which keep this device busy"
         worth = max(JOINT_TOKENS[device] // max(tokens, 1), 1)
-        if self.room is not None:
+        if self.room is not None and self._most < min(worth, self._count):
             before, needed, there = self.room
-            fitting = max((there - before) // max(needed - before, 1), 1)
-            if fitting < min(worth, self._count):
-                each = in_units(needed - before)
-                return fitting, f"each takes {each}, and {in_units(there - before)} are left beside the base"
+            each = in_units(needed - before)
+            return self._most, f"each takes {each}, and {in_units(there - before)} are left beside the base"
         return min(worth, self._count), f"{said}, and up to {JOINT_TOKENS[device]} together gain"
 
     def device_seconds(self, member: Member) -> float:
@@ -238,7 +243,8 @@ class Pack:
         """Run all to their ends, or until a stop is asked for."""
         while self._training or (self._waiting and not self._stop.signal):
             at_work = [member for member in self._training if not member.at_rung]
-            if self._waiting and len(at_work) < self.width and not self._stop.signal:
+            may_begin = len(at_work) < self.width and len(self._training) < max(self._most, self.width)
+            if self._waiting and may_begin and not self._stop.signal:
                 self._start(self._waiting.popleft())
             elif at_work:
                 self._step(at_work)
@@ -252,7 +258,8 @@ class Pack:
         member.start(lambda: self._work(member.config, member.run_dir))
         self._count_time()
         # Beside the others from its first step on, however many they have done.
-        member.micro_batches = min((other.micro_batches for other in self._training), default=0)
+        at_work = [other for other in self._training if not other.at_rung]
+        member.micro_batches = min((other.micro_batches for other in at_work), default=0)
         self._training.append(member)
         self._go(member)
 
@@ -262,32 +269,37 @@ class Pack:
         if member.turn.ended:
             self._count_time()
             self._training.remove(member)
+            gc.collect()  # its trainer, model and optimizer refer to one another
 
     def _compare(self) -> None:
         """All wait at rungs, those that are furthest behind at the same one: the best of these go on.
 
         With them count those that have been there before, in another pack or before a stop.
         """
-        rung = min(member.asks.rung for member in self._training)
-        there = [member for member in self._training if member.asks.rung == rung]
+        step = min(member.asks.step for member in self._training)
+        there = [member for member in self._training if member.asks.step == step]
         if self._stop.signal:  # others may not have come to this rung
             for member in there:
                 self._go(member, None)
             return
         for member in there:
-            record(member.run_dir, rung, member.asks.loss)
-        losses = recorded(there[0].run_dir.parent, rung)
+            record(member.run_dir, step, member.asks.loss)
+        losses = recorded(there[0].run_dir.parent, step)
         for member in there:
             factor = member.config.early_stop.reduction_factor
-            step, name = member.asks.step, member.run_dir.name
-            self._go(member, judge(losses, name, rung=rung, step=step, factor=factor))
+            self._go(member, judge(losses, member.run_dir.name, step=step, factor=factor))
 
     def _step(self, at_work: Sequence[Member]) -> None:
         """A micro-batch of those that are furthest behind: all of them, unless one has just joined."""
         fewest = min(member.micro_batches for member in at_work)
         members = [member for member in at_work if member.micro_batches == fewest][: self.width]
         batches = [member.asks for member in members]
-        step = self._forward(members, batches) if len(members) > 1 and can_join(batches) else None
+        try:
+            step = self._forward(members, batches) if len(members) > 1 and can_join(batches) else None
+        except Exception as error:  # each run says it, and what may help
+            for member in members:
+                self._go(member, error)
+            return
         if step is None and self.width < len(members):  # it does not fit, and is tried with fewer
             return
         for member in members:
@@ -303,11 +315,19 @@ class Pack:
         answer: Exception | None = None
         try:
             step.backward()
-        except RuntimeError as error:  # each run says it, and what may help
-            answer = error
+        except RuntimeError as error:
+            answer = self._too_many(members, error) if is_out_of_memory(error) else error
         for member in members:
             if member in self._training and not member.asks:
                 self._go(member, answer)
+
+    def _too_many(self, members: Sequence[Member], error: RuntimeError) -> OutOfMemory:
+        """What each of them says whose gradients do not fit; fewer train at a time from now on."""
+        self.width = max(len(members) // 2, 1)
+        return OutOfMemory(
+            f"the gradients of {len(members)} runs at a time do not fit: {reason(error)}. Fewer at a time may: "
+            f"launcher.width={self.width}."
+        )
 
     def _forward(self, members: Sequence[Member], batches: Sequence[dict[str, Any]]) -> JointStep | None:
         """A joint step; None, with a smaller width from now on, where memory does not suffice."""
@@ -325,6 +345,12 @@ class Pack:
             member.state.set_random(before)
         self.say(f"{why}; {_at_a_time(self.width)} from now on")
         return None
+
+
+def _autocast(args: Any) -> Callable[[], AbstractContextManager[Any]]:
+    """Mixed precision as each run's own trainer enters it, without what holds on to that trainer."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    return nullcontext if dtype is None else lambda: torch.autocast(args.device.type, dtype=dtype)
 
 
 def _at_a_time(width: int) -> str:
@@ -349,13 +375,10 @@ def compare_in_pack() -> Compare | None:
     return member.compare if member is not None else None
 
 
-def device_seconds(seconds: float) -> float:
-    """Of the time that the run which asks has taken so far, the part in which it had the device for itself."""
+def seconds_of_device(seconds: float) -> float:
+    """Of the seconds that the run which asks has been at work in this process, those in which it had the device."""
     member = _member.get()
-    if member is None:
-        return seconds
-    earlier = max(seconds - (time.monotonic() - member.began), 0.0)  # in the sessions before this one
-    return earlier + member.pack.device_seconds(member)
+    return seconds if member is None else member.pack.device_seconds(member)
 
 
 def note_room(*, before: int, needed: int, there: int) -> None:

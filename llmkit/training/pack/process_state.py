@@ -1,12 +1,13 @@
 """What a run finds in its process and believes to be its own, kept apart where several runs share one."""
 
-import io
 import random
 from typing import Any, TextIO
 
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from llmkit.training.pack.output import Output
 
 
 class ProcessState:
@@ -16,7 +17,7 @@ class ProcessState:
     draw alone, and never finds its gradients' state changed by another.
     """
 
-    def __init__(self, output: "Output", log: TextIO):
+    def __init__(self, output: Output, log: TextIO):
         self._output, self._log = output, log
         self._torch = torch.get_rng_state()
         self._python = random.getstate()
@@ -75,7 +76,7 @@ class _Modes:
         self._autocast = [(device, False, torch.float32) for device in ("cpu", "cuda")]
 
     def take_off(self) -> None:
-        """Keep the modes, and leave those of a thread that has set none."""
+        """Keep the modes, and leave torch's defaults."""
         self._gradients = torch.is_grad_enabled()
         torch.set_grad_enabled(True)
         self._depth = torch.autocast_increment_nesting() - 1
@@ -109,29 +110,3 @@ def _exchange_numpy(generator: Any) -> Any:
     before = numbers.get_bit_generator()
     numbers.set_bit_generator(generator)
     return before
-
-
-class Output(io.TextIOBase):
-    """`sys.stdout` and `sys.stderr` of a process with several runs: what is printed goes to the run whose turn it is.
-
-    Libraries that keep the stream, as handlers of logs do, keep this one.
-    """
-
-    def __init__(self, own: TextIO):
-        self.own = self.target = own
-
-    def write(self, text: str) -> int:
-        return self.target.write(text)
-
-    def flush(self) -> None:
-        self.target.flush()
-
-    def isatty(self) -> bool:
-        return False
-
-    def fileno(self) -> int:
-        return self.target.fileno()
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return "utf-8"

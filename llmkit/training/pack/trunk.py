@@ -87,7 +87,10 @@ class JointTrunk:
             return "the loss of its router is of a whole batch"
         before, any_tokens = _random_states(), torch.zeros(1, 2, dtype=torch.long, device=self._model.device)
         with torch.no_grad(), self._autocast(), torch.random.fork_rng(_gpus()):
-            self._trunk(input_ids=any_tokens, use_cache=False)
+            try:
+                self._trunk(input_ids=any_tokens, use_cache=False)
+            except Exception as error:  # whatever it wants, it is not known here
+                return f"it takes more than tokens ({type(error).__name__}: {error})"
             after = _random_states()
         if any(not one.equal(other) for one, other in zip(before, after, strict=True)):
             return "it draws random numbers of its own, dropout say, which would be others for joint batches"
@@ -178,7 +181,7 @@ class _PackedLayer(nn.Module):
     def _apart(self, part: Rows, layer: nn.Module | None, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """What one run's own layer makes of its rows, where that is more than an addition to the base's product."""
         with drawing(part.owner):
-            out = (layer or self.base)(x[part.first : part.last, : part.length], *args, **kwargs)
+            out = (layer or self.base)(_rows_of(x, part), *args, **kwargs)
         missing = x.shape[1] - part.length
         return nn.functional.pad(out, (0, 0, 0, missing)) if missing else out
 
@@ -190,8 +193,13 @@ def _with_its_update(part: Rows, layer: nn.Module | None, x: torch.Tensor, toget
     out = together[part.first : part.last]
     if layer is None:
         return out
-    updated = with_update(part.owner, layer, x[part.first : part.last, : part.length], out[:, : part.length])
+    updated = with_update(part.owner, layer, _rows_of(x, part), out[:, : part.length])
     return updated if part.length == x.shape[1] else torch.cat([updated, out[:, part.length :]], dim=1)
+
+
+def _rows_of(x: torch.Tensor, part: Rows) -> torch.Tensor:
+    """One run's rows without what pads them; contiguous, or a GPU draws their dropout in another order than alone."""
+    return x[part.first : part.last, : part.length].contiguous()
 
 
 def adds_to_product(layer: nn.Module) -> bool:
@@ -203,12 +211,14 @@ def with_update(owner: Owner, layer: Any, x: torch.Tensor, out: torch.Tensor) ->
     """What the run's adapter makes of the layer's output, in the order of operations in which PEFT 0.21 does it."""
     lora_A, lora_B = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
     dropout, dtype = layer.lora_dropout[ADAPTER], out.dtype
-    x = layer._cast_input_dtype(x, lora_A.weight.dtype)
+    is_quantized = type(layer).__module__.endswith("bnb")
+    if not (is_quantized and torch.is_autocast_enabled()):
+        x = layer._cast_input_dtype(x, lora_A.weight.dtype)
     if isinstance(dropout, nn.Dropout):
         with drawing(owner):
             x = dropout(x)
     update = lora_B(lora_A(x)) * layer.scaling[ADAPTER]
-    if type(layer).__module__.endswith("bnb"):
+    if is_quantized:
         update = update.to(dtype)
     return (out + update).to(dtype)
 
@@ -217,8 +227,10 @@ def with_update(owner: Owner, layer: Any, x: torch.Tensor, out: torch.Tensor) ->
 def drawing(owner: Owner) -> Iterator[None]:
     """What is drawn within are the owner's random numbers."""
     owner.state.take_random()
-    yield
-    owner.state.keep_random()
+    try:
+        yield
+    finally:
+        owner.state.keep_random()
 
 
 def replaced_layers(trunk: nn.Module, within: str = "") -> dict[str, nn.Module]:

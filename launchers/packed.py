@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmkit.config import TrainConfig
+from llmkit.config.files import flat_values
 from llmkit.config.resolve import in_group
 from llmkit.launchers.sweep import Job
 
@@ -88,10 +89,10 @@ def _say_who_differs(packs: Sequence[Sequence[Job]]) -> None:
     if len(could) < 2:
         return
     largest = max(could, key=len)
-    others = _dotted(_shared(largest[0].config))
+    others = flat_values(_shared(largest[0].config))
     for pack in could:
         if len(pack) == 1 and pack is not largest:
-            own = _dotted(_shared(pack[0].config))
+            own = flat_values(_shared(pack[0].config))
             keys = sorted(key for key in own.keys() | others.keys() if own.get(key) != others.get(key))
             name = pack[0].run_dir.name
             print(f"alone   {name}: differs from the others in {', '.join(keys)}", file=sys.stderr, flush=True)
@@ -106,10 +107,3 @@ def _shared(config: TrainConfig) -> dict[str, Any]:
     if config.data.special_tokens_init == "sample":  # draws the rows of new tokens, which are the base's
         values["seed"] = config.seed
     return values
-
-
-def _dotted(values: dict[str, Any], above: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _dotted(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
-    return found

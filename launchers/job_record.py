@@ -46,6 +46,13 @@ class JobRecord:
         return cls(**values) if values is not None else None
 
 
+def record_end(run_dir: Path, code: int) -> None:
+    """Write down that the process which runs it is done with it."""
+    if record := JobRecord.read(run_dir):
+        record.state, record.exit_code = ENDED, code
+        record.write(run_dir)
+
+
 def now() -> str:
     """The time of a record."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -16,7 +16,7 @@ from llmkit.config import TrainConfig, save
 from llmkit.config.resolve import in_group
 from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_WRONG_INPUT, ConfigError
 from llmkit.hangup import keep_output
-from llmkit.launchers.job_record import ENDED, RUNNING, JobRecord, now
+from llmkit.launchers.job_record import RUNNING, JobRecord, now, record_end
 from llmkit.launchers.prepare import is_finished, prepare
 from llmkit.training.checkpoints.manifest import latest
 from llmkit.training.stopping import ECHO, SIGNALS
@@ -40,7 +40,7 @@ def run_here(config: TrainConfig, run_dir: Path) -> int:
         for line in _other_machines(config, run_dir):
             print(line, flush=True)
         worker = start_worker(config, run_dir, lock=lock, env=env)
-        record_start(run_dir, worker)
+        record_start(config, run_dir, worker)
         workers.add(worker)
         code = exit_code(worker.wait(), run_dir, stopped=workers.stopped)
         record_end(run_dir, code)
@@ -230,19 +230,16 @@ def forwarded_signals(log: Path) -> Iterator[Workers]:
             signal.signal(number, handler)
 
 
-def record_start(run_dir: Path, worker: Process) -> None:
+def record_start(config: TrainConfig, run_dir: Path, worker: Process) -> None:
     """Write down who runs it, for `llmkit jobs`; whether it still does, the directory's lock tells."""
-    job_id, host = str(worker.pid), rundir.host()
-    record = JobRecord(launcher="local", job_id=job_id, state=RUNNING, submitted=now(), host=host, process=worker.pid)
-    record.write(run_dir)
-
-
-def record_end(run_dir: Path, code: int) -> None:
-    """Write down that it has ended."""
-    record = JobRecord.read(run_dir)
-    assert record is not None, "written when it started"
-    record.state, record.exit_code = ENDED, code
-    record.write(run_dir)
+    JobRecord(
+        launcher=config.launcher.name,
+        job_id=str(worker.pid),
+        state=RUNNING,
+        submitted=now(),
+        host=rundir.host(),
+        process=worker.pid,
+    ).write(run_dir)
 
 
 def visible_gpus() -> list[str]:

@@ -11,12 +11,12 @@ from typing import IO
 from llmkit import rundir
 from llmkit.config.launcher_schema import PackedLauncherConfig
 from llmkit.errors import ConfigError
+from llmkit.launchers.job_record import ENDED, JobRecord, record_end
 from llmkit.launchers.local import (
     Process,
     devices_for,
     exit_code,
     forwarded_signals,
-    record_end,
     record_start,
     start_process,
     start_worker,
@@ -79,7 +79,6 @@ def run_all(sweep: Sweep) -> None:
     else:
         waiting, parallel = [[job] for job in left], first.launcher.max_parallel or parallel
     gpus = _Gpus(names, parallel)
-    threads = {} if names else _threads(parallel * first.hardware.num_processes)
     running: list[_Running] = []
     single = [pack[0].config for pack in waiting if len(pack) == 1]
     log = sweep.directory / rundir.PACK_LOG
@@ -87,7 +86,7 @@ def run_all(sweep: Sweep) -> None:
     shown = 0
     with (
         forwarded_signals(sweep.directory / rundir.CONSOLE) as workers,
-        WarmStarts(single, worker_environment() | threads, on_gpus=bool(names)) as warm,
+        WarmStarts(single, worker_environment() | ({} if names else _threads(parallel)), on_gpus=bool(names)) as warm,
     ):
         while running or (waiting and not workers.stopped):
             while waiting and len(running) < parallel and not workers.stopped:
@@ -95,6 +94,7 @@ def run_all(sweep: Sweep) -> None:
                 if not gpus.has_room(wanted) or not warm.is_ready(waiting[0][0].config):
                     break
                 taken = gpus.take(wanted)
+                threads = {} if names else _threads(parallel * wanted)
                 if run := _start(sweep, waiting.pop(0), taken, threads, warm):
                     running.append(run)
                     workers.add(run.process)
@@ -112,16 +112,15 @@ def run_all(sweep: Sweep) -> None:
                 for job in run.jobs:
                     code = exit_code(run.process.wait(), job.run_dir, stopped=workers.stopped)
                     record_end(job.run_dir, code)
-                    sweep.collect(job)
+                    sweep.collect(job, log=log if run.is_pack else None)
             time.sleep(0.05)
 
 
 def _collect_ended(run: _Running, sweep: Sweep) -> None:
-    """Note which runs of a pack have come to their ends while others go on."""
+    """Note which runs of a pack have come to their ends, as it writes down, while others go on."""
     for job in list(run.jobs) if run.is_pack else []:
-        if result := rundir.read_result(job.run_dir):
+        if (record := JobRecord.read(job.run_dir)) and record.state == ENDED:
             run.jobs.remove(job)
-            record_end(job.run_dir, rundir.exit_code(result))
             sweep.collect(job)
 
 
@@ -169,6 +168,6 @@ def _start(
     else:
         worker = start_process("llmkit.pack_worker", [*map(str, locks)], list(locks.values()), env, output)
     for job in jobs:
-        record_start(job.run_dir, worker)
+        record_start(job.config, job.run_dir, worker)
         sweep.record(job, status="running")
     return _Running(jobs, worker, open_files, gpus, is_pack=len(jobs) > 1)

@@ -64,6 +64,17 @@ def finished_elsewhere(config: TrainConfig, run_dir: Path) -> tuple[str, dict] |
     return (place.url, result) if result is not None and finished else None
 
 
+def over_elsewhere(place: str, result: dict) -> str:
+    """What is said of a run that is over and kept elsewhere."""
+    if result.get("early_stop"):
+        return _stopped_early(place, result)
+    return f"{place} holds this run, finished; its model is in {place}/{rundir.FINAL}. Nothing to do."
+
+
+def _stopped_early(place: str, result: dict) -> str:
+    return f"{place} holds this run: {result['error']}. early_stop=none beside it goes on."
+
+
 def _is_over(config: TrainConfig, result: dict | None) -> bool:
     """As `rundir.is_over`; a run that early_stop has ended goes on once early_stop=none is asked for."""
     if result is not None and config.early_stop.name == "none":
@@ -77,18 +88,17 @@ def is_finished(config: TrainConfig, run_dir: Path) -> bool:
     Raises ConfigError as `finished_result` and `finished_elsewhere` do.
     """
     if result := finished_result(config, run_dir):
-        if result["status"] != "completed":
-            print(f"{run_dir} holds this run: {result['error']}. early_stop=none beside it goes on.")
-            return True
-        value = "" if result["objective"] is None else f": {result['objective_name']} {result['objective']:.4g}"
-        print(f"{run_dir} holds this run, finished{value}. Nothing to do.")
+        if result.get("early_stop"):
+            print(_stopped_early(str(run_dir), result))
+        else:
+            value = "" if result["objective"] is None else f": {result['objective_name']} {result['objective']:.4g}"
+            print(f"{run_dir} holds this run, finished{value}. Nothing to do.")
         if changed_since(config.data.path, run_dir / rundir.RESULT):
             print(f"warning: {config.data.path} has changed since; another name= trains on it.", file=sys.stderr)
         send_what_is_missing(config, run_dir)
         return True
     if elsewhere := finished_elsewhere(config, run_dir):
-        there, _ = elsewhere
-        print(f"{there} holds this run, finished; its model is in {there}/{rundir.FINAL}. Nothing to do.")
+        print(over_elsewhere(*elsewhere))
         return True
     return False
 
@@ -162,7 +172,8 @@ def prepare(config: TrainConfig, run_dir: Path) -> IO[str]:
         raise ConfigError(f"{run_dir} has just been finished by another process; nothing was changed.")
     if _has_trained(run_dir):
         adopt_findings(config, load(run_dir))
-    (run_dir / rundir.RESULT).unlink(missing_ok=True)
+    for name in (rundir.RESULT, rundir.CANCEL):
+        (run_dir / name).unlink(missing_ok=True)
     save(config, run_dir)
     return lock
 
@@ -173,7 +184,7 @@ def _move_aside(run_dir: Path) -> None:
     if not files:
         return
     number = 1
-    while (aside := run_dir.with_name(f"{run_dir.name}.before-{number}")).exists():
+    while (aside := run_dir.with_name(f"{run_dir.name}{rundir.ASIDE}{number}")).exists():
         number += 1
     aside.mkdir()
     for path in files:

@@ -20,7 +20,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from llmkit.config.grammar import to_grammar
-from llmkit.config.schema import walk_schema
+from llmkit.config.nodes import walk_schema
 from llmkit.config.sweeper_schema import RandomSweeperConfig
 from llmkit.errors import ConfigError
 

@@ -13,16 +13,18 @@ def print_ranking(sweep: Sweep) -> None:
     """The jobs from the best to the worst, then those without a result and why."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     jobs = sweep.jobs_of_this_command
     values = {id(job): shown for job, shown in zip(jobs, _with_alpha(sweep), strict=True)}
     keys = list(dict.fromkeys(key for shown in values.values() for key in shown))
-    table = Table(title=f"{sweep.directory}: ranked by {sweep.objective}", title_justify="left")
+    table = Table(title=Text(f"{sweep.directory}: ranked by {sweep.objective}"), title_justify="left")
     for heading in ["#", *keys, sweep.objective, "job"]:
-        table.add_column(heading, overflow="fold")
+        table.add_column(Text(heading), overflow="fold")
     for rank, job in enumerate(sweep.ranked(), start=1):
         shown = values[id(job)]
-        table.add_row(str(rank), *(shown.get(key, "") for key in keys), f"{job.objective:.4g}", job.run_dir.name)
+        row = [str(rank), *(shown.get(key, "") for key in keys), f"{job.objective:.4g}", job.run_dir.name]
+        table.add_row(*map(Text, row))  # a value may have brackets, which are no markup
     console = Console()
     if sweep.ranked():
         console.print(table)

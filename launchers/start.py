@@ -87,6 +87,10 @@ def _not_held(configs: Sequence[TrainConfig]) -> None:
         cluster.refuse_held_elsewhere(config, Path(config.run_dir))
 
 
+def _is_at_work(run_dir: Path) -> bool:
+    return rundir.is_locked(run_dir) or cluster.handed_over(run_dir) is not None
+
+
 def _run_sweep(
     directory: Path, overrides: Sequence[Sequence[str]], configs: Sequence[TrainConfig], *, swept: Sequence[str]
 ) -> Sweep:
@@ -103,6 +107,7 @@ def _run_sweep(
             with contextlib.suppress(OSError):  # not empty: what is there is somebody's
                 directory.rmdir()
             raise
+        sweep.complete_copies(is_at_work=_is_at_work)
         if here:
             local_sweep.run_all(sweep)
             sweep.finish()

@@ -16,8 +16,10 @@ from llmkit import rundir
 from llmkit.config import TrainConfig, load, validate, warnings
 from llmkit.config.resolve import use_absolute_paths
 from llmkit.config.schema import FIGURES_OF_RECIPE
-from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError
-from llmkit.launchers.prepare import finished_elsewhere, finished_result
+from llmkit.config.validate_sweep import sweep_problems, sweep_warnings
+from llmkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, ConfigError, LlmkitError
+from llmkit.launchers.job_record import JobRecord, record_end
+from llmkit.launchers.prepare import finished_elsewhere, finished_result, send_what_is_missing
 
 # Objectives where more is better; every other is a loss.
 MAXIMIZED = {name for names in FIGURES_OF_RECIPE.values() for name in names}
@@ -34,6 +36,7 @@ class Job:
     objective: float | None = None
     error: str | None = None
     is_over: bool = False  # completed, or ended by early_stop
+    undone: str = ""  # what of a run that is over is not as it was asked for
     recorded: str | None = None  # how sweep.json names the directory, where whoever wrote it saw it elsewhere
     started: float | None = None  # on this process's clock, if it saw the start
 
@@ -73,10 +76,8 @@ class Sweep:
         """
         if (directory / rundir.CONFIG).exists():
             raise ConfigError(f"{directory} holds a single run; choose another name= for a sweep.")
-        if len({config.objective for config in configs}) > 1:
-            raise ConfigError(
-                "the jobs have different objectives and cannot be ranked; set objective= for all of them."
-            )
+        if at_odds := sweep_problems(configs):
+            raise ConfigError(*at_odds)
         names = job_names(overrides, swept)
         jobs: list[Job] = []
         problems: dict[str, list[str]] = {}  # the jobs that have each
@@ -94,7 +95,8 @@ class Sweep:
                 if result is None and (elsewhere := finished_elsewhere(config, job.run_dir)):
                     _, result = elsewhere
                 if result:
-                    job.status, job.objective, job.is_over = result["status"], result["objective"], True
+                    job.status, job.objective, job.error = result["status"], result["objective"], result["error"]
+                    job.is_over = True
             except ConfigError as error:
                 for problem in error.problems:
                     problems.setdefault(problem, []).append(name)
@@ -107,7 +109,8 @@ class Sweep:
                     for text, having in problems.items()
                 )
             )
-        for warning in dict.fromkeys(text for job in jobs for text in warnings(job.config)):
+        of_each = dict.fromkeys(text for job in jobs for text in warnings(job.config))
+        for warning in [*of_each, *sweep_warnings(configs)]:
             print(f"warning: {warning}", file=sys.stderr)
         if left := [job.config for job in jobs if job.status == "waiting"]:
             ready(left)
@@ -118,6 +121,8 @@ class Sweep:
         sweep.write()
         waiting = sum(job.status == "waiting" for job in jobs)
         kept = f"; {len(jobs) - waiting} finished before and are kept" if waiting < len(jobs) else ""
+        if behind := sum(job.status == "stopped" for job in jobs):
+            kept += f" ({behind} stopped by early_stop; early_stop=none lets them go on)"
         print(f"sweep   {directory}: {waiting} job{'s' if waiting != 1 else ''} to run{kept}", flush=True)
         return sweep
 
@@ -134,6 +139,25 @@ class Sweep:
             is_over = rundir.is_over(rundir.read_result(run_dir))
             jobs.append(Job(run_dir=run_dir, recorded=one["run_dir"], config=config, is_over=is_over, **shown))
         return cls(directory, known["objective"], jobs, [])
+
+    def complete_copies(self, *, is_at_work: Callable[[Path], bool]) -> None:
+        """Send what the copies of runs lack that were over before this command; one that cannot be sent is told of.
+
+        Args:
+            is_at_work: whether the process of a run may not have ended yet, and may be sending itself.
+        """
+        for job in self.jobs_of_this_command:
+            is_over = job.config.checkpoint.remote and rundir.is_over(rundir.read_result(job.run_dir))
+            if not is_over or is_at_work(job.run_dir):
+                continue
+            try:
+                send_what_is_missing(job.config, job.run_dir)
+            except LlmkitError as error:
+                job.undone = str(error)
+                print(f"error: {job.run_dir.name}: {error}", file=sys.stderr, flush=True)
+            else:
+                if not _is_to_be_merged(job):
+                    record_end(job.run_dir, EXIT_DONE)
 
     def write(self) -> None:
         """Write sweep.json as things stand."""
@@ -160,11 +184,12 @@ class Sweep:
         self.write()
         print(f"failed  {job.run_dir.name}: {reason}", flush=True)
 
-    def collect(self, job: Job, *, ended: str = "") -> None:
-        """Note how a job ended, from its result.json.
+    def collect(self, job: Job, *, ended: str = "", log: Path | None = None) -> None:
+        """Note how a job ended, from its result.json and its job.json.
 
         Args:
             ended: what a scheduler says of its end.
+            log: where its process has said what came before the end; None: in the run's own console.log.
         """
         result = rundir.read_result(job.run_dir)
         if result is None and ended.lower().startswith("cancelled"):
@@ -172,12 +197,13 @@ class Sweep:
         elif result is None:
             said = f" ({ended})" if ended else ""
             job.status = "failed"
-            job.error = f"its process ended without a result{said}; see {job.run_dir / 'console.log'}"
+            job.error = f"its process ended without a result{said}; see {log or job.run_dir / rundir.CONSOLE}"
         else:
             job.status, job.objective, job.error = result["status"], result.get("objective"), result.get("error")
             job.is_over = rundir.is_over(result)
+            job.undone = _left_undone(job)
         self.write()
-        reason = f": {job.error.splitlines()[0]}" if job.error else ""
+        reason = "".join(f": {said.splitlines()[0]}" for said in (job.error, job.undone) if said)
         value = "" if job.objective is None else f"   {self.objective} {job.objective:.4g}"
         took = "" if job.started is None else f"   {time.monotonic() - job.started:.0f} s"
         print(f"{job.status:<7} {job.run_dir.name}{value}{took}{reason}", flush=True)
@@ -198,11 +224,30 @@ class Sweep:
         make_report(self)
 
     def exit_code(self) -> int:
-        """0 if all jobs are over or go on without us; 75 if some were stopped by a signal; 1 if any failed."""
+        """0 if all jobs are over or go on without us; 75 if some were stopped by a signal; 1 if any failed in part."""
         statuses = {job.status for job in self.jobs_of_this_command if not job.is_over}
-        if statuses <= {"queued", "running"}:
-            return EXIT_DONE
-        return EXIT_FAILED if "failed" in statuses else EXIT_PREEMPTED  # preempted, stopped, or never started
+        if "failed" in statuses:
+            return EXIT_FAILED
+        if not statuses <= {"queued", "running"}:  # preempted, stopped, or never started
+            return EXIT_PREEMPTED
+        return EXIT_FAILED if any(job.undone for job in self.jobs_of_this_command) else EXIT_DONE
+
+
+def _left_undone(job: Job) -> str:
+    """What of a run that is over is not as it was asked for, where its process has told so with its exit code."""
+    record = JobRecord.read(job.run_dir)
+    if not job.is_over or record is None or not record.exit_code:
+        return ""
+    if _is_to_be_merged(job):
+        return f"not merged; llmkit export run={job.run_dir} merge=true does it"
+    if job.config.checkpoint.remote:
+        return "its copy is not complete; the same command sends what is missing"
+    return ""
+
+
+def _is_to_be_merged(job: Job) -> bool:
+    asked = job.status == "completed" and job.config.export.merge and job.config.lora is not None
+    return asked and not (job.run_dir / rundir.MERGED).exists()
 
 
 def swept_values(overrides: Sequence[Sequence[str]], swept: Sequence[str] = ()) -> list[dict[str, str]]:

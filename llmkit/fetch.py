@@ -12,7 +12,7 @@ from llmkit.cli import guarded, print_error
 from llmkit.config import TrainConfig
 from llmkit.config.data_files import TOKENS_FILE
 from llmkit.config.grammar import split_override
-from llmkit.config.schema import schema_keys
+from llmkit.config.nodes import schema_keys
 from llmkit.data.fetching.destination import Destination
 from llmkit.data.fetching.fetch import Fetched, fetch_script, fetch_source
 from llmkit.data.progress import now_and_then

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from llmkit import rundir
@@ -124,9 +124,12 @@ def _cancel(words: list[str]) -> int:
     for view in under_way:
         record, config = JobRecord.read(view.run_dir), load(view.run_dir)
         if record is None or record.launcher not in SCHEDULERS:
-            if mates := _trained_with(view.run_dir, record):
-                print(f"cancel  {', '.join(mates)}: trained in one process with {view.run_dir.name}")
-            _end_process(view.run_dir, (record and record.process) or rundir.lock_holder(view.run_dir))
+            if mates := _trained_with(view.run_dir, record, besides={one.run_dir for one in under_way}):
+                (view.run_dir / rundir.CANCEL).touch()
+                print(f"cancel  {view.run_dir}: told to stop; packed with it, and going on: {', '.join(mates)}")
+                continue
+            here = record.process if record is not None and record.host == rundir.host() else None
+            _end_process(view.run_dir, here or rundir.lock_holder(view.run_dir))
         else:
             try:
                 connect(config.launcher).cancel([record.job_id])
@@ -139,15 +142,18 @@ def _cancel(words: list[str]) -> int:
     return EXIT_DONE
 
 
-def _trained_with(run_dir: Path, record: JobRecord | None) -> list[str]:
-    """The other runs of its pack that are under way; none for a run that has its process to itself."""
+def _trained_with(run_dir: Path, record: JobRecord | None, *, besides: Collection[Path]) -> list[str]:
+    """The other runs of its pack that go on, `besides` not among them; none for one that has its process to itself."""
     if record is None:
         return []
-    others = ((path.name, JobRecord.read(path)) for path in runs_below([run_dir.parent]) if path != run_dir)
+    there = (path for path in runs_below([run_dir.parent]) if path not in besides)
+    others = [path for path in there if not (path / rundir.CANCEL).exists()]
     return [
-        name
-        for name, other in others
-        if other and other.state != ENDED and (other.host, other.process) == (record.host, record.process)
+        path.name
+        for path in others
+        if (other := JobRecord.read(path))
+        and other.state != ENDED
+        and (other.host, other.process) == (record.host, record.process)
     ]
 
 

@@ -64,7 +64,8 @@ def _preview(argv: list[str]) -> int:
         print(__version__)
         return EXIT_DONE
     if arguments.multirun:
-        raise ConfigError("-m: a preview shows one config; leave it out, and choose one of the values.")
+        sweeps = next((word for word in words if word.startswith("sweeper=")), "-m")
+        raise ConfigError(f"{sweeps}: a preview shows one config; leave it out, and choose one of the values.")
     composed: list[DictConfig] = []
     run_composed("train", composed.append, arguments, HYDRA_PLUGINS)
     return max((_show(config, wanted) for config in composed), default=EXIT_DONE)

@@ -78,6 +78,7 @@ def _from_bucket(url: str, words: list[str]) -> Path | None:
     Raises ConfigError if there is no run, or runs/NAME is something else.
     """
     from llmkit.config.arguments import storage_of
+    from llmkit.launchers.prepare import over_elsewhere
     from llmkit.storage import open_place
     from llmkit.training.checkpoints.remote import RemoteRun
 
@@ -89,8 +90,9 @@ def _from_bucket(url: str, words: list[str]) -> Path | None:
         runs = sorted(folder for folder, _, file in (name.partition("/") for name in names) if file == rundir.CONFIG)
         below = f" Runs below it: {', '.join(runs[:10])}." if runs else ""
         raise ConfigError(f"{url} holds no run: there is no {rundir.CONFIG} there.{below}")
-    if rundir.is_over(remote.result()) and not words:
-        print(f"{url} holds this run, finished; its model is in {url}/{rundir.FINAL}. Nothing to do.")
+    result = remote.result()
+    if result is not None and rundir.is_over(result) and not words:
+        print(over_elsewhere(url, result))
         return None
     above, _, name = url.rpartition("/")
     run_dir = Path("runs") / name

@@ -4,6 +4,7 @@ import datetime
 import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
 FINAL = "final"
+MERGED = "merged"
 CHECKPOINTS = "checkpoints"
 LOSS_PLOT = "loss.png"
 SAMPLES = "samples.jsonl"
@@ -24,6 +26,7 @@ PACK_LOG = "pack.log"  # of a sweep: what its packs say of themselves (launcher=
 RANKS = "ranks"  # the logs of all processes but the first
 DATA_AUDIT = "data_audit.json"
 PROBE = "probe.json"  # what a server of the model must reproduce
+RUNGS = "rungs.json"  # of a run with early_stop: step -> its figures there, and whether it went on; null while open
 BEST_WEIGHTS = ".best.safetensors"  # while the run goes on with training.final=best
 NON_FINITE_BATCH = "nonfinite_batch.json"
 SWEEP = "sweep.json"
@@ -31,6 +34,8 @@ REPORT = "report.html"  # of a run or a sweep: see reporting/
 JOB = "job.json"  # who runs it: see launchers/job_record.py
 FILES = "files.json"  # of a copy elsewhere: what it holds, written last
 LOCK = ".lock"
+CANCEL = ".cancel"  # that one run of a pack is to stop, and the others are not
+ASIDE = ".before-"  # after a run's name, and before a number: where resume=never has moved it
 
 # The keys of result.json, present in every one: null where a run did not come that far.
 RESULT_KEYS = (
@@ -39,6 +44,7 @@ RESULT_KEYS = (
     "steps",
     "train_loss",
     "eval_loss",
+    "eval_loss_interval",  # 95%: [low, high], for these rows were drawn and not others; null where it is not known
     "exact_match",
     "train_exact_match",
     "preference_accuracy",
@@ -58,6 +64,7 @@ RESULT_KEYS = (
     "cost",
     "base_model",
     "final_is",
+    "final_step",  # whose weights final/ holds
     "method",
     "model_dir",
     "dataset_fingerprint",
@@ -88,6 +95,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def read_result(run_dir: Path) -> dict[str, Any] | None:
     """The run's `result.json`, or None while there is none."""
     return read_json(run_dir / RESULT)
+
+
+def is_aside(run_dir: Path) -> bool:
+    """Whether it is a run that resume=never has moved out of the way."""
+    return re.search(rf"{re.escape(ASIDE)}\d+$", run_dir.name) is not None
 
 
 def is_over(result: dict[str, Any] | None) -> bool:

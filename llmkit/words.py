@@ -13,7 +13,7 @@ from llmkit.config import TrainConfig, resolve
 from llmkit.config.arguments import parse_arguments
 from llmkit.config.compose import run_composed
 from llmkit.config.grammar import split_override
-from llmkit.config.schema import NODES, schema_keys
+from llmkit.config.nodes import NODES, schema_keys
 from llmkit.errors import ConfigError, did_you_mean
 from llmkit.launchers.start import HYDRA_PLUGINS
 

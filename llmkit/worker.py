@@ -155,25 +155,38 @@ def end_in_failure(why: Failure, config: TrainConfig, run_dir: Path) -> int:
 def _end(result: dict[str, Any], config: TrainConfig, run_dir: Path) -> int:
     """Record the result, and do what is left to do with it; returns the exit code."""
     rundir.write_result(run_dir, **result)
-    if result["status"] != "completed":
-        code = _publish(config, run_dir, EXIT_PREEMPTED)
-        return EXIT_DONE if rundir.is_over(result) and code == EXIT_PREEMPTED else code
-    code = _publish(config, run_dir, EXIT_DONE)
-    if config.training.save_steps is None:  # those that were made have done their duty
+    done_with = result["status"] == "completed" and config.training.save_steps is None
+    code = EXIT_DONE if rundir.is_over(result) else EXIT_PREEMPTED
+    code = _publish(config, run_dir, code, done_with_checkpoints=done_with)
+    if done_with:
         shutil.rmtree(run_dir / rundir.CHECKPOINTS, ignore_errors=True)
     return code
 
 
 def merge_if_asked(config: TrainConfig, run_dir: Path) -> int:
-    """What export.merge=true asks for. The run is completed by now, whatever comes of it; the exit code tells."""
-    if not config.export.merge or config.lora is None:
+    """What export.merge=true asks for. A run that is completed stays so whatever comes of it; the exit code tells."""
+    if not is_to_be_merged(config, run_dir):
         return EXIT_DONE
+    interrupt_at_once()
+    try:
+        return merge_run(config, run_dir)
+    except KeyboardInterrupt:
+        print("error: the merge was stopped.", file=sys.stderr)
+        tell_how_to_merge(run_dir)
+        return EXIT_FAILED
+
+
+def interrupt_at_once() -> None:
+    """From now on a request to stop raises KeyboardInterrupt: there is no next step to wait for."""
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler)
+
+
+def merge_run(config: TrainConfig, run_dir: Path) -> int:
+    """Merge the adapter of a completed run, and say how it can be done later if that fails; returns the exit code."""
     from llmkit.serving.merging import merge, merged_directory
     from llmkit.serving.target import of_run
 
-    for number in SIGNALS:  # there is no next step to wait for
-        signal.signal(number, signal.default_int_handler)
-    again = f"The run is completed; merge it later with: llmkit export run={run_dir} merge=true"
     try:
         gc.collect()  # the trainer and its model refer to each other
         target = of_run(run_dir)
@@ -182,35 +195,44 @@ def merge_if_asked(config: TrainConfig, run_dir: Path) -> int:
         )
     except LlmkitError as error:
         print_error(error)
-    except KeyboardInterrupt:
-        print("error: the merge was stopped.", file=sys.stderr)
     except Exception as error:
         traceback.print_exc()
         print(f"error: the merge failed: {failure.explained(error, config)}", file=sys.stderr)
     else:
         return EXIT_DONE
-    print(again, file=sys.stderr, flush=True)
+    tell_how_to_merge(run_dir)
     return EXIT_FAILED
 
 
-def _publish(config: TrainConfig, run_dir: Path, code: int) -> int:
-    """Bring the run's copy at checkpoint.remote up to date. A finished run that is not all there has failed in that."""
+def is_to_be_merged(config: TrainConfig, run_dir: Path) -> bool:
+    """Whether export.merge=true asks for something here; early_stop may have ended the run without a model."""
+    result = rundir.read_result(run_dir)
+    completed = result is not None and result["status"] == "completed"
+    return completed and config.export.merge and config.lora is not None
+
+
+def tell_how_to_merge(run_dir: Path) -> None:
+    """What remains to be done where a merge was asked for and was not made."""
+    again = f"The run is completed; merge it later with: llmkit export run={run_dir} merge=true"
+    print(again, file=sys.stderr, flush=True)
+
+
+def _publish(config: TrainConfig, run_dir: Path, code: int, *, done_with_checkpoints: bool = False) -> int:
+    """Bring the run's copy at checkpoint.remote up to date. A run that is over and not all there has failed in that."""
     place = run_place(config, run_dir)
     if place is None:
         return code
-    finished = code == EXIT_DONE and config.training.save_steps is None
-    keep, remote = config.checkpoint.keep, RemoteRun(place)
+    remote = RemoteRun(place)
     try:
-        checkpoints = 0 if finished else keep
         publish(
             remote,
             run_dir,
-            checkpoints=checkpoints,
+            checkpoints=0 if done_with_checkpoints else config.checkpoint.keep,
             owned=True,
             patience=config.checkpoint.patience_s,
             tell=lambda text: print(f"warning: {text}", file=sys.stderr, flush=True),
         )
-        if finished:
+        if done_with_checkpoints:
             remote.remove_checkpoints()
         elsewhere = "" if code == EXIT_DONE else f"; anywhere else: llmkit resume {place.url}"
         print(f"{'copy':<10} {place.url} is complete{elsewhere}", flush=True)

@@ -14,6 +14,7 @@ from llmkit.config import TrainConfig
 from llmkit.model.methods import trained_weights_kept
 from llmkit.training.console import RunConsole
 from llmkit.training.figures import exact_match_figures
+from llmkit.training.final_test import sums_of_rows
 from llmkit.training.ready import make_ready
 from llmkit.training.session import Session
 from llmkit.training.stopping import StopRequest
@@ -23,6 +24,19 @@ from llmkit.training.trial import run_trial
 
 class Trainer(RunMixin, SFTTrainer):
     """TRL's SFT trainer with llmkit's checkpoints and its stop at the first non-finite value."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """As TRL does; of an evaluation each row's part is kept."""
+
+        def keeping_rows(**given: Any) -> Any:  # asked for outputs, TRL would apply the model once more
+            output = model(**given)
+            self.evaluated_rows.append(sums_of_rows(output.log_probs, given))
+            return output
+
+        asked = model if self.model.training else keeping_rows
+        return super().compute_loss(asked, inputs, return_outputs, num_items_in_batch)
 
 
 def run(config: TrainConfig, run_dir: Path, console: RunConsole, stop: StopRequest) -> dict[str, Any]:

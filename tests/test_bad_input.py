@@ -7,8 +7,9 @@ import pytest
 
 from llmkit import train
 from llmkit.config.foreign import FOREIGN_NAMES
+from llmkit.config.nodes import walk_schema
 from llmkit.config.registration import group_names
-from llmkit.config.schema import DataConfig, FreezeConfig, LoraConfig, ModelConfig, walk_schema
+from llmkit.config.schema import DataConfig, FreezeConfig, LoraConfig, ModelConfig
 from llmkit.errors import ConfigError
 
 SHORT = 900  # characters; the longest messages list the options of a group

@@ -298,6 +298,7 @@ def test_a_broken_row_stops_training_and_the_message_names_it(show, chats_file):
         (["lora.rank=4"], "lora.r"),
         (["data.path=nowhere.jsonl"], "nowhere.jsonl: does not exist"),
         (["-m", "lora.r=4,8"], "a preview shows one config"),
+        (["sweeper=random", "sweeper.n=2", "lora.r=choice(4,8)"], "sweeper=random: a preview shows one config"),
         (["n=few"], "n=few: must be a whole number"),
         (["n=-1"], "n=-1: must be a whole number"),
         (["--color"], "--color: unknown switch"),

@@ -15,8 +15,9 @@ from yaml import YAMLError
 
 from llmkit.config.grammar import split_override, to_grammar
 from llmkit.config.init_from import implied_model
+from llmkit.config.nodes import open_mappings, walk_schema
 from llmkit.config.registration import groups_of_experiment
-from llmkit.config.schema import StorageConfig, open_mappings, walk_schema
+from llmkit.config.schema import StorageConfig
 from llmkit.config.user_file import file_overrides, give_way
 from llmkit.errors import ConfigError, did_you_mean
 from llmkit.remote import reach_with

@@ -20,13 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 from llmkit.config.arguments import SHOW_CONFIG, SHOW_INFO, Arguments
 from llmkit.config.foreign import FOREIGN_NAMES
 from llmkit.config.grammar import split_override
-from llmkit.config.registration import group_names, group_options
-from llmkit.config.resolve import secret_problem
-from llmkit.config.schema import (
+from llmkit.config.nodes import (
     NODES,
     NODES_OF_OPTION,
     OPTIONAL_NODES,
-    TrainConfig,
     chosen_option,
     nodes_of_group,
     open_mappings,
@@ -34,6 +31,9 @@ from llmkit.config.schema import (
     type_with,
     walk_schema,
 )
+from llmkit.config.registration import group_names, group_options
+from llmkit.config.resolve import secret_problem
+from llmkit.config.schema import TrainConfig
 from llmkit.config.setting import is_legal, legal_values
 from llmkit.config.sources import datasets_problem
 from llmkit.errors import did_you_mean

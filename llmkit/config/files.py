@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llmkit import durable, rundir
-from llmkit.config.schema import NODES, TYPES_OF_OPTION, DataConfig, TrainConfig, open_mappings, schema_keys
+from llmkit.config.nodes import NODES, TYPES_OF_OPTION, open_mappings, schema_keys
+from llmkit.config.schema import DataConfig, TrainConfig
 from llmkit.errors import ConfigError
 
 # Where a run lives, how it is started, saved and watched is not what it computes.

@@ -6,7 +6,8 @@ from importlib import resources
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from llmkit.config.schema import GROUPS, OPTIONAL_NODES, TYPES_OF_OPTION, TrainConfig
+from llmkit.config.nodes import GROUPS, OPTIONAL_NODES, TYPES_OF_OPTION
+from llmkit.config.schema import TrainConfig
 from llmkit.rundir import default_run_dir
 
 

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llmkit.config.init_from import adopt_init_from
-from llmkit.config.schema import DpoConfig, LoraConfig, TrainConfig, TrainingConfig
+from llmkit.config.schema import FIGURES_OF_RECIPE, DpoConfig, LoraConfig, TrainConfig, TrainingConfig
 from llmkit.config.sources import names_split
 from llmkit.errors import ConfigError
 from llmkit.remote import reach_with
@@ -54,6 +54,10 @@ def resolve(config: DictConfig) -> TrainConfig:
     if resolved.objective == "eval_loss" and resolved.data.validation is None:
         resolved.objective = "train_loss"  # the only loss there is
         resolved.derived.append("objective")
+    if resolved.early_stop.name != "none" and resolved.early_stop.metric is None:
+        can_compare = resolved.objective in rung_metrics(resolved.recipe)
+        resolved.early_stop.metric = resolved.objective if can_compare else "eval_loss"
+        resolved.derived.append("early_stop.metric")
     if isinstance(resolved.lora, LoraConfig) and resolved.lora.lora_alpha is None:
         resolved.lora.lora_alpha = 2 * resolved.lora.r
         resolved.derived.append("lora.lora_alpha")
@@ -66,6 +70,11 @@ def resolve(config: DictConfig) -> TrainConfig:
         )
         resolved.derived += resolve_batch(resolved.training, device_count(resolved), largest=largest)
     return resolved
+
+
+def rung_metrics(recipe: str) -> list[str]:
+    """What `early_stop.metric` may be: what the recipe measures on held-out rows."""
+    return ["eval_loss", *(name for name in FIGURES_OF_RECIPE.get(recipe, ()) if not name.startswith("train_"))]
 
 
 def use_absolute_paths(config: TrainConfig) -> None:

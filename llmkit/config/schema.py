@@ -6,15 +6,12 @@ them: `lora` with `method=lora`, `dpo` with `recipe=dpo`, so that `method=full l
 without effect.
 """
 
-import functools
-from collections.abc import Iterator
-from dataclasses import Field, dataclass, field, fields
-from typing import Any, get_origin
+from dataclasses import dataclass, field
+from typing import Any
 
-from llmkit.config.launcher_schema import LAUNCHERS, LocalLauncherConfig
 from llmkit.config.serving_schema import ExportConfig, ServeConfig
 from llmkit.config.setting import setting
-from llmkit.config.sweeper_schema import SWEEPERS, GridSweeperConfig
+from llmkit.config.sweeper_schema import EarlyStopConfig
 
 RECIPES = ("sft", "dpo")
 METHODS = ("full", "freeze", "lora", "qlora")
@@ -305,7 +302,9 @@ class TrainingConfig:
     )
     weight_decay: float = setting(0.0, "Decoupled weight decay.", ge=0)
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm; 0 switches clipping off.", ge=0)
-    optim: str = setting("adamw_torch", "Optimizer, by Transformers' name (adamw_torch, adamw_8bit, adafactor, ...).")
+    optim: str = setting(
+        "adamw_torch_fused", "Optimizer, by Transformers' name (adamw_torch, adamw_8bit, adafactor, ...)."
+    )
     adam_beta1: float = setting(0.9, "AdamW's first moment decay.", ge=0, lt=1)
     adam_beta2: float = setting(0.999, "AdamW's second moment decay.", ge=0, lt=1)
     adam_epsilon: float = setting(1e-8, "AdamW's epsilon.", gt=0)
@@ -336,19 +335,6 @@ class CheckpointConfig:
     )
     trust: bool = setting(
         False, "Load files that can run code (DeepSpeed's own) from a checkpoint in a bucket; off unless you trust it."
-    )
-
-
-@dataclass(kw_only=True, slots=True)
-class EarlyStopConfig:
-    """Which runs of a sweep are stopped before their last step; see training/rungs.py."""
-
-    name: str = setting("none", "The option of the early_stop group.")
-    min_steps: float = setting(
-        0.1, "The first rung, where runs are compared: steps, or below 1 a share of the run.", gt=0
-    )
-    reduction_factor: int = setting(
-        3, "Each next rung is that many times as far, and one run in so many goes on to it.", ge=2
     )
 
 
@@ -456,90 +442,3 @@ class TrainConfig:
     launcher: Any = None
     sweeper: Any = None
     derived: list[str] = setting([], "Keys llmkit filled in; a run repeated from its config.yaml derives them anew.")
-
-
-# Config groups and the dataclass that types each, in the order a reader meets them.
-GROUPS: dict[str, type] = {
-    "model": ModelConfig,
-    "data": DataConfig,
-    "method": MethodConfig,
-    "precision": PrecisionConfig,
-    "deepspeed": DeepSpeedConfig,
-    "distributed": DistributedConfig,
-    "hardware": HardwareConfig,
-    "training": TrainingConfig,
-    "checkpoint": CheckpointConfig,
-    "evaluation": EvaluationConfig,
-    "early_stop": EarlyStopConfig,
-    "tracking": TrackingConfig,
-    "serve": ServeConfig,
-    "launcher": LocalLauncherConfig,
-    "sweeper": GridSweeperConfig,
-}
-# Nodes that exist only with some options of a group, `Any` at the root.
-OPTIONAL_NODES: dict[str, type] = {"lora": LoraConfig, "qlora": QloraConfig, "freeze": FreezeConfig, "dpo": DpoConfig}
-# Group -> option -> the nodes it brings beside the common ones.
-NODES_OF_OPTION: dict[str, dict[str, tuple[str, ...]]] = {
-    "recipe": {"sft": (), "dpo": ("dpo",)},
-    "method": {"full": (), "freeze": ("freeze",), "lora": ("lora",), "qlora": ("lora", "qlora")},
-}
-# Groups each of whose options is typed by a dataclass of its own; the one among GROUPS is the default's.
-TYPES_OF_OPTION: dict[str, dict[str, type]] = {"launcher": LAUNCHERS, "sweeper": SWEEPERS}
-# Nodes without a group: no option of theirs is worth a file.
-PLAIN_NODES: dict[str, type] = {"storage": StorageConfig, "export": ExportConfig}
-# The dataclass of every node.
-NODES: dict[str, type] = {**GROUPS, **OPTIONAL_NODES, **PLAIN_NODES}
-
-
-def chosen_option(config: TrainConfig, group: str) -> str:
-    """The option of a group of NODES_OF_OPTION that `config` was composed with."""
-    return config.recipe if group == "recipe" else config.method.name
-
-
-def nodes_of_group(group: str) -> set[str]:
-    """All nodes that options of `group` bring."""
-    return {node for nodes in NODES_OF_OPTION[group].values() for node in nodes}
-
-
-def types_of_node(node: str) -> tuple[type, ...]:
-    """The dataclasses that type a node: one, or one for each option of its group."""
-    return tuple(TYPES_OF_OPTION[node].values()) if node in TYPES_OF_OPTION else (NODES[node],)
-
-
-def options_with(key: str) -> list[str]:
-    """The options of a group of TYPES_OF_OPTION that have a dotted key; none for a key of any other node."""
-    node, _, name = key.partition(".")
-    options = TYPES_OF_OPTION.get(node, {})
-    return [option for option, kind in options.items() if name in {info.name for info in fields(kind)}]
-
-
-def type_with(key: str) -> type:
-    """The dataclass that declares a dotted key; of several options' the first."""
-    node = key.rpartition(".")[0]
-    if options := options_with(key):
-        return TYPES_OF_OPTION[node][options[0]]
-    return NODES.get(node, TrainConfig)
-
-
-def walk_schema() -> Iterator[tuple[str, Field]]:
-    """Every key of the schema as (dotted key, dataclass field), the nodes of all options included."""
-    for info in fields(TrainConfig):
-        if info.name in NODES:
-            named: dict[str, Field] = {}
-            for kind in types_of_node(info.name):
-                named |= {inner.name: inner for inner in fields(kind) if inner.name not in named}
-            yield from ((f"{info.name}.{name}", inner) for name, inner in named.items())
-        else:
-            yield info.name, info
-
-
-@functools.cache
-def schema_keys() -> frozenset[str]:
-    """The dotted keys of the schema, those of all nodes included."""
-    return frozenset(key for key, _ in walk_schema())
-
-
-@functools.cache
-def open_mappings() -> frozenset[str]:
-    """The dotted keys that hold a mapping with keys of the user's own."""
-    return frozenset(key for key, info in walk_schema() if get_origin(info.type) is dict)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.config.grammar import split_override, to_grammar
+from llmkit.config.nodes import NODES_OF_OPTION, OPTIONAL_NODES, nodes_of_group, schema_keys
 from llmkit.config.registration import group_names
-from llmkit.config.schema import NODES_OF_OPTION, OPTIONAL_NODES, nodes_of_group, schema_keys
 from llmkit.errors import ConfigError
 
 # How one command was to go on; whoever repeats the run or goes on with it says so anew.

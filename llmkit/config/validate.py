@@ -9,23 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.config.files import NEVER_ALLOWED
+from llmkit.config.nodes import NODES_OF_OPTION, chosen_option, nodes_of_group, schema_keys
 from llmkit.config.resolve import device_count, resolve_batch
-from llmkit.config.schema import (
-    FIGURES_OF_RECIPE,
-    NODES_OF_OPTION,
-    ExportConfig,
-    LoraConfig,
-    QloraConfig,
-    TrainConfig,
-    chosen_option,
-    nodes_of_group,
-    schema_keys,
-)
+from llmkit.config.schema import FIGURES_OF_RECIPE, ExportConfig, LoraConfig, QloraConfig, TrainConfig
 from llmkit.config.setting import is_legal, legal_values
 from llmkit.config.validate_data import data_problems, data_warnings
 from llmkit.config.validate_dpo import dpo_problems, dpo_warnings
 from llmkit.config.validate_launcher import launcher_problems, launcher_warnings
 from llmkit.config.validate_ranks import rank_problems, rank_warnings
+from llmkit.config.validate_sweep import early_stop_problems
 from llmkit.errors import ConfigError, did_you_mean
 from llmkit.storage.names import storage_problems
 
@@ -74,8 +66,8 @@ def _checkpoint_problems(config: TrainConfig) -> list[str]:
 
 def _objective_problems(config: TrainConfig) -> list[str]:
     name = config.objective
-    if config.early_stop.name == "halving" and config.data.validation is None:
-        return ["early_stop=halving compares runs by their loss on held-out rows; set data.validation, there are none."]
+    if problems := early_stop_problems(config):
+        return problems
     if name in ("eval_loss", "train_loss"):
         return []
     figures = FIGURES_OF_RECIPE.get(config.recipe, ())

@@ -15,6 +15,7 @@ from llmkit.config.schema import LoraConfig
 from llmkit.errors import ConfigError, did_you_mean
 from llmkit.model.structure import decoder_layers, linear_names, token_modules
 
+ADAPTER = "default"  # PEFT's name of the adapter that is trained
 NEED_A_PASS_OVER_DATA = ("eva", "corda", "lora_ga")  # values of lora.init_lora_weights
 
 
@@ -55,7 +56,7 @@ def continue_adapter(
             # The rows stand in the base too: a second adapter, TRL's reference in DPO, takes its rows from there.
             layer: Any = wrapper.token_adapter
             base = layer.get_base_layer().weight.data
-            base[layer.token_indices["default"]] = layer.trainable_tokens_delta["default"].detach().to(base)
+            base[layer.token_indices[ADAPTER]] = layer.trainable_tokens_delta[ADAPTER].detach().to(base)
     return _ready_for_trl(wrapped)
 
 

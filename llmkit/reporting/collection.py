@@ -9,7 +9,8 @@ from typing import Any
 
 from llmkit import rundir
 from llmkit.config.files import NOT_COMPARED, flat_values, recorded_values
-from llmkit.config.schema import OPTIONAL_NODES, TrainConfig
+from llmkit.config.nodes import OPTIONAL_NODES
+from llmkit.config.schema import TrainConfig
 from llmkit.errors import ConfigError
 from llmkit.launchers.cluster import SCHEDULERS
 from llmkit.launchers.job_record import ENDED, JobRecord

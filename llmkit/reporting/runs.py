@@ -1,7 +1,7 @@
 """One run as its directory shows it at this moment: finished, failed, under way or only asked for."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from llmkit.config.files import recorded_values
 from llmkit.config.schema import FIGURES_OF_RECIPE
 from llmkit.reporting.curves import Curve, curve, finite
 from llmkit.training.estimate import share
-from llmkit.training.metrics import last_tokens, mean_loss, read_metrics, read_records
+from llmkit.training.metrics import eval_loss_interval, last_tokens, mean_loss, read_metrics, read_records
 
 LOSSES = ("eval_loss", "train_loss")
 SHARES = tuple(name for names in FIGURES_OF_RECIPE.values() for name in names)
@@ -130,16 +130,20 @@ def read_run(directory: Path, *, name: str, state: State, objective: str | None)
     after, before = _latest(records), _at_start(records)
     if run.is_completed:
         after = {name: value for name in (*LOSSES, *SHARES) if (value := finite(result.get(name))) is not None}
-        before |= {name: value for name, given in (result.get("base") or {}).items() if (value := finite(given))}
+        base = result.get("base") or {}
+        before |= {name: value for name, given in base.items() if (value := finite(given)) is not None}
     asked = _rows_asked(run)
-    run.figures = {name: _figure(name, value, asked) for name, value in after.items()}
-    run.base = {name: _figure(name, value, asked) for name, value in before.items()}
+    evaluated = max((record["step"] for record in records if "eval_loss" in record), default=0)
+    interval = result.get("eval_loss_interval") if run.is_completed else eval_loss_interval(records, step=evaluated)
+    run.figures = {name: _figure(name, value, asked, interval) for name, value in after.items()}
+    interval = eval_loss_interval(records, step=0)
+    run.base = {name: _figure(name, value, asked, interval) for name, value in before.items()}
     run.test = {name: _tested(figure) for name, figure in (result.get("test") or {}).items()}
     run.objective = finite(result.get("objective"))
     if run.objective is None and objective in run.figures and not run.is_completed:
         run.objective = run.figures[objective].value
     run.answers = _answers(directory)
-    run.shown_answers = _delivered(run, is_best=result.get("final_is") == "best")
+    run.shown_answers = _delivered(run, step=result.get("final_step"))
     run.cost = _cost(result, records)
     return run
 
@@ -177,8 +181,13 @@ def _rows_asked(run: Run) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def _figure(name: str, value: float, asked: Mapping[str, int]) -> Figure:
-    """With Wilson's interval where it is a share of so many rows: one that is not, is of fewer rows than are known."""
+def _figure(name: str, value: float, asked: Mapping[str, int], of_loss: Sequence[float] | None) -> Figure:
+    """With the interval recorded `of_loss`, or Wilson's where it is a share of so many rows.
+
+    A share that cannot be of so many is of fewer rows than are known.
+    """
+    if name == "eval_loss" and of_loss is not None:
+        return Figure(value=value, low=of_loss[0], high=of_loss[1])
     rows = asked.get(name)
     if rows is None:
         return Figure(value=value)
@@ -201,15 +210,11 @@ def _answers(directory: Path) -> list[Answers]:
     return [Answers(step=step, samples=samples) for step, samples in sorted(by_step.items())]
 
 
-def _delivered(run: Run, *, is_best: bool) -> Answers | None:
-    """The answers of the weights in `final/`: those of the best evaluation, or the last."""
+def _delivered(run: Run, *, step: int | None) -> Answers | None:
+    """The answers of the weights in `final/`, or the last there are."""
     trained = [answers for answers in run.answers if answers.step]
-    evaluated = run.curves.get("eval_loss")
-    if is_best and evaluated is not None:
-        losses = [(v, s) for v, s in zip(evaluated.values, evaluated.steps, strict=True) if s and v is not None]
-        best = min(losses, default=(0.0, None))[1]
-        trained = [answers for answers in trained if answers.step == best] or trained
-    return trained[-1] if trained else None
+    delivered = [answers for answers in trained if answers.step == step] or trained
+    return delivered[-1] if delivered else None
 
 
 def _cost(result: Mapping[str, Any], records: list[dict[str, Any]]) -> Cost:

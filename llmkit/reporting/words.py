@@ -52,12 +52,13 @@ def cautions(report: Report) -> Iterator[str]:
         yield "The runs were to be compared by different figures, so they are not ranked."
     elif not report.ranked and len(report.runs) > 1:
         yield f"No finished run has a figure for {report.objective} yet, so none is ranked."
-    if report.winner is not None and len(report.ranked) > 1:
-        yield _chosen(report, report.winner)
+    behind = sum(run.state.was_behind for run in report.runs)
+    if report.winner is not None and (compared := len(report.ranked) + behind) > 1:
+        yield _chosen(report, report.winner, compared)
         yield from _overlap(report, report.winner)
     if len({run.fingerprint for run in report.runs if run.fingerprint}) > 1:
         yield "The runs were trained on different rows; figures measured on different rows do not compare."
-    if behind := sum(run.state.was_behind for run in report.runs):
+    if behind:
         yield (
             f"{behind} of {len(report.runs)} runs were stopped early, behind the others by then (early_stop): one that "
             "learns slowly at first may be among them."
@@ -66,12 +67,12 @@ def cautions(report: Report) -> Iterator[str]:
         yield f"{under_way} of {len(report.runs)} runs were not at their end when this was written: ranks may change."
 
 
-def _chosen(report: Report, winner: Run) -> str:
+def _chosen(report: Report, winner: Run, compared: int) -> str:
     """The winner's curse, and where it does not reach."""
     assert report.objective is not None
     rows = "the rows it was trained on" if report.objective.startswith("train_") else "the evaluation rows"
     said = (
-        f"The winner was chosen by {report.objective} on {rows}, out of {len(report.ranked)} runs: the best of many is "
+        f"The winner was chosen by {report.objective} on {rows}, out of {compared} runs: the best of many is "
         "partly the luckiest, so expect it to do a little worse on new rows."
     )
     if winner.test:

@@ -30,9 +30,9 @@ from llmkit.errors import ConfigError
 from llmkit.model.adapters import mend_head
 from llmkit.serving.answers import Answering
 from llmkit.serving.loaded import Loaded
-from llmkit.training.estimate import Estimate, share
+from llmkit.training.estimate import Estimate, ratio, share
 from llmkit.training.figures import questions
-from llmkit.training.final_test import by_row, ratio, row_losses
+from llmkit.training.final_test import by_row, row_losses
 from llmkit.training.generation import Answer
 from llmkit.training.preferences import preferred
 

@@ -22,7 +22,6 @@ from llmkit.errors import ConfigError, LlmkitError
 from llmkit.model.source import shown_source
 from llmkit.serving.target import CHECKPOINT, Target, dtype_of
 
-MERGED = "merged"
 RECORD, PARITY = "merge.json", "parity.json"
 # What of an adapter's directory the merged model depends on.
 SOURCES = (
@@ -40,7 +39,7 @@ class GateError(LlmkitError):
 def merged_directory(target: Target) -> Path:
     """Where a target's merged model lies: `merged/` beside what it was made from; of a checkpoint `merged-step-...`."""
     step = Path(target.source).name
-    return target.home / (f"{MERGED}-{step}" if CHECKPOINT.fullmatch(step) else MERGED)
+    return target.home / (f"{rundir.MERGED}-{step}" if CHECKPOINT.fullmatch(step) else rundir.MERGED)
 
 
 def merge(target: Target, directory: Path, settings: ExportConfig, *, say: Say) -> dict[str, Any]:

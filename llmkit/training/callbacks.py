@@ -122,8 +122,10 @@ class BestWeights(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
     ) -> None:
+        if not state.global_step or state.global_step % args.eval_steps:  # early_stop evaluates at its rungs too
+            return
         loss = (metrics or {}).get("eval_loss", math.inf)
-        if state.global_step and loss < self.best:
+        if loss < self.best:
             self.best, self.step = loss, state.global_step
             if not is_main():
                 return

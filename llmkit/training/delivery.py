@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmkit import durable, rundir
 from llmkit.config.schema import TrainConfig
+from llmkit.model.adapters import ADAPTER
 from llmkit.remote import is_remote
 
 BASE_IN_BUCKET = """\
@@ -52,12 +53,12 @@ def save_final(
     partial = run_dir / ".final.partial"
     shutil.rmtree(partial, ignore_errors=True)
     if config.lora is not None:
-        settings = model.peft_config["default"]
+        settings = model.peft_config[ADAPTER]
         settings.base_model_name_or_path = base_model(config)
         settings.revision = config.model.commit if config.model.hub_id and not config.model.path else None
         model.get_base_model().generation_config.save_pretrained(partial)
         # Rows of new tokens are saved as such, the matrices they stand in are not; nor is DPO's reference adapter.
-        model.save_pretrained(partial, selected_adapters=["default"], save_embedding_layers=False, **sharded)
+        model.save_pretrained(partial, selected_adapters=[ADAPTER], save_embedding_layers=False, **sharded)
     else:
         model.save_pretrained(partial, **sharded)
     tokenizer.save_pretrained(partial)
@@ -124,6 +125,6 @@ def model_card(config: TrainConfig, figures: dict[str, Any], *, model: Any = Non
 
 def new_token_rows(model: Any) -> int:
     """The number of new tokens whose rows an adapter trains; 0 for other models."""
-    settings = getattr(model, "peft_config", {}).get("default")
+    settings = getattr(model, "peft_config", {}).get(ADAPTER)
     held = getattr(settings, "trainable_token_indices", None) or {}
     return max((len(rows) for rows in held.values()), default=0) if isinstance(held, dict) else len(held)

@@ -3,7 +3,10 @@
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # reports need no numpy
+    import numpy as np
 
 Z = NormalDist().inv_cdf(0.975)  # 95%, both sides
 
@@ -42,3 +45,16 @@ def share(hits: int, asked: int, *, rows: int | None = None) -> Estimate:
     # At the ends the bounds are 0 and 1 but for rounding.
     low, high = (0.0 if hits == 0 else middle - half), (1.0 if hits == asked else middle + half)
     return Estimate(value=value, low=low, high=high, n=n)
+
+
+def ratio(sums: "np.ndarray", counts: "np.ndarray") -> Estimate:
+    """Σ sums / Σ counts, one of each per row, with the interval of a ratio estimate.
+
+    The variance is n / (n - 1) · Σ (sum - ratio · count)² / (Σ counts)² (Cochran, Sampling Techniques, 1977, ch. 6).
+    """
+    n, total = len(sums), counts.sum()
+    value = float(sums.sum() / total)
+    if n < 2:
+        return Estimate(value=value, low=None, high=None, n=n)
+    half = Z * math.sqrt(n / (n - 1) * float(((sums - value * counts) ** 2).sum())) / float(total)
+    return Estimate(value=value, low=value - half, high=value + half, n=n)

@@ -12,6 +12,7 @@ from llmkit.config import TrainConfig
 from llmkit.config.resolve import device_count
 from llmkit.data.prepare import PreparedData, Split
 from llmkit.errors import ConfigError
+from llmkit.model.adapters import ADAPTER
 from llmkit.model.context import settle_lengths
 from llmkit.model.loading import cached_commit, load_model_config, shown_source
 from llmkit.model.methods import count_parameters, loading_dtype
@@ -89,7 +90,7 @@ def state_facts(
         "trained", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}) with method={config.method.name}"
     )
     settings: Any = getattr(model, "peft_config", {})
-    if settings and (warning := warning_at_training(settings["default"].to_dict())):
+    if settings and (warning := warning_at_training(settings[ADAPTER].to_dict())):
         console.warn(warning)
     if new_tokens:
         console.fact("new tokens", f"{new_tokens} rows, started as {config.data.special_tokens_init}")
@@ -101,7 +102,10 @@ def state_facts(
         counted += f"({train.supervised_tokens / train.tokens:.0%})"
     console.fact("data", f"{counted}; longest {train.longest:,} tokens of at most {config.data.max_length:,}")
     console.fact(
-        "held out", f"{len(held_out):,} examples" if held_out else "none: the loss on unseen data stays unknown"
+        "held out",
+        f"{len(held_out):,} example{'s' if len(held_out) > 1 else ''}"
+        if held_out
+        else "none: the loss on unseen data stays unknown",
     )
     if data.test:
         console.fact("test", f"{len(data.test):,} examples, measured at the end")

@@ -4,7 +4,6 @@ The interval says how far the figure may be off because these rows were drawn an
 come with them, so rows are the unit (arXiv 2411.00640).
 """
 
-import math
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 from llmkit.data.encoding.batches import IGNORED
 from llmkit.data.prepare import Split
-from llmkit.training.estimate import Estimate, Z, share
+from llmkit.training.estimate import ratio, share
 from llmkit.training.figures import questions
 from llmkit.training.generation import AnswerGenerator
 from llmkit.training.preferences import batches, evaluating, preferred
@@ -44,34 +43,25 @@ def by_row(values: np.ndarray, origins: np.ndarray) -> np.ndarray:
     return np.bincount(row, weights=values)
 
 
-def ratio(sums: np.ndarray, counts: np.ndarray) -> Estimate:
-    """Σ sums / Σ counts, one of each per row, with the interval of a ratio estimate.
-
-    The variance is n / (n - 1) · Σ (sum - ratio · count)² / (Σ counts)² (Cochran, Sampling Techniques, 1977, ch. 6).
-    """
-    n, total = len(sums), counts.sum()
-    value = float(sums.sum() / total)
-    if n < 2:
-        return Estimate(value=value, low=None, high=None, n=n)
-    half = Z * math.sqrt(n / (n - 1) * float(((sums - value * counts) ** 2).sum())) / float(total)
-    return Estimate(value=value, low=value - half, high=value + half, n=n)
-
-
 def row_losses(trainer: Any, dataset: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Of each row the summed loss in nats and the number of learnt tokens it is summed over.
 
     With several processes each measures all rows: this happens once, and no batch has to be made even.
     """
-    sums: list[np.ndarray] = []
-    counts: list[np.ndarray] = []
+    found: list[torch.Tensor] = []
     with evaluating(trainer.model), trainer.accelerator.autocast():
         for inputs in batches(trainer, dataset, trainer.args.per_device_eval_batch_size):
             # TRL's head gives log-probabilities without the logits of the whole vocabulary, 0 where nothing is learnt.
             output = trainer.model(**inputs, use_cache=False, fused_lm_head=True)
-            learnt = inputs["labels"][:, 1:] != IGNORED
-            for values, found in ((-output.log_probs, sums), (learnt, counts)):
-                found.append(_per_row(values.double(), inputs).cpu().numpy())
-    return np.concatenate(sums), np.concatenate(counts)
+            found.append(sums_of_rows(output.log_probs, inputs).cpu())
+    sums, counts = torch.cat(found, dim=1).numpy()
+    return sums, counts
+
+
+def sums_of_rows(log_probs: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of each row of a batch the summed loss in nats and how many learnt tokens it is summed over, (2, rows)."""
+    learnt = inputs["labels"][:, 1:] != IGNORED
+    return torch.stack([_per_row(values.double(), inputs) for values in (-log_probs, learnt)])
 
 
 def _per_row(values: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -94,6 +94,12 @@ def last_tokens(records: list[dict[str, Any]]) -> int:
     return next((record["tokens"] for record in reversed(records) if "tokens" in record), 0)
 
 
+def eval_loss_interval(records: list[dict[str, Any]], *, step: int) -> list[float] | None:
+    """The 95% interval around the loss of the last evaluation at this step; None where it is not known."""
+    evaluation: dict[str, Any] = next((r for r in reversed(records) if r["step"] == step and "eval_loss" in r), {})
+    return [evaluation["eval_loss_low"], evaluation["eval_loss_high"]] if "eval_loss_low" in evaluation else None
+
+
 def mean_loss(records: list[dict[str, Any]]) -> float | None:
     """The mean training loss over all steps: a record's loss is the mean since the one before."""
     total, step = 0.0, 0

@@ -14,6 +14,7 @@ from torch import nn
 from trl import DPOConfig, DPOTrainer
 
 from llmkit.errors import Stopped
+from llmkit.model.adapters import ADAPTER
 from llmkit.model.methods import trained_weights_kept
 from llmkit.training.console import RunConsole
 from llmkit.training.memory import in_units
@@ -21,7 +22,6 @@ from llmkit.training.preferences import batches, evaluating
 from llmkit.training.rank_batches import Blank
 from llmkit.training.ranks import gathered, gathering_uneven, of_each_rank
 from llmkit.training.reference import (
-    ADAPTER,
     REFERENCE,
     copy_adapter,
     forget_reference,

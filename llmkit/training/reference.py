@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
-ADAPTER, REFERENCE = "default", "ref"  # PEFT's names of the trained adapter and of TRL's frozen copy of it
+from llmkit.model.adapters import ADAPTER
+
+REFERENCE = "ref"  # TRL's name of the frozen copy of the trained adapter
 # Values of lora.init_lora_weights with which a fresh adapter changes nothing, so that the model without it is the
 # policy at the start.
 NOTHING_AT_FIRST = (True, "gaussian")

@@ -1,4 +1,4 @@
-"""`early_stop=halving`: at each rung the runs of a sweep are compared by their held-out loss; those behind stop there.
+"""`early_stop=halving`: at each rung the runs of a sweep are compared on held-out rows; those behind stop there.
 
 Runs that train together (launcher=packed) wait for one another at a rung, and one in `reduction_factor` goes on:
 successive halving (Jamieson and Talwalkar, arXiv 1502.07943). Runs that start one after the other, or on other
@@ -14,12 +14,12 @@ from typing import Any, TypeAlias
 from transformers import TrainerCallback
 
 from llmkit import rundir
-from llmkit.config.schema import EarlyStopConfig
+from llmkit.config.sweeper_schema import EarlyStopConfig
+from llmkit.training.arguments import whole_steps
 from llmkit.training.ranks import on_main
 
-RUNGS = "rungs.json"  # in a run's directory: its loss after each rung's step, and whether it went on; null while open
-
-Compare: TypeAlias = Callable[[int, float], "Verdict | None"]  # step, held-out loss -> where the run stands
+Compare: TypeAlias = Callable[[int], "Verdict | None"]  # step, its figures being recorded -> where the run stands
+Standing: TypeAlias = tuple[float, ...]  # what runs are ordered by, the least first; the second between equal firsts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,20 +38,20 @@ class Verdict:
 
 def rung_steps(settings: EarlyStopConfig, total: int) -> list[int]:
     """The steps at which a run of `total` steps is compared with the others; none at its end."""
-    first = settings.min_steps * total if settings.min_steps < 1 else settings.min_steps
     steps = []
-    step = max(math.ceil(first), 1)
+    step = whole_steps(settings.min_steps, total)
     while step < total:
         steps.append(step)
         step *= settings.reduction_factor
     return steps
 
 
-def judge(losses: Mapping[str, float], name: str, *, step: int, factor: int) -> Verdict:
-    """Where the run of that name stands among `losses`: one in `factor` goes on, and at least one."""
-    order = sorted(losses, key=lambda one: (not math.isfinite(losses[one]), losses[one], one))
+def judge(standings: Mapping[str, Standing], name: str, *, step: int, factor: int) -> Verdict:
+    """Where the run of that name stands among all: one in `factor` goes on, and at least one."""
+    unknown = {one for one, standing in standings.items() if not all(map(math.isfinite, standing))}
+    order = sorted(standings, key=lambda one: (one in unknown, standings[one], one))
     place = order.index(name) + 1
-    goes_on = place <= max(len(order) // factor, 1) and math.isfinite(losses[name])
+    goes_on = place <= max(len(order) // factor, 1) and name not in unknown
     return Verdict(step=step, place=place, of=len(order), goes_on=goes_on)
 
 
@@ -60,27 +60,42 @@ def compares(run_dir: Path) -> bool:
     return (run_dir.parent / rundir.SWEEP).exists()
 
 
-def record(run_dir: Path, step: int, loss: float, *, goes_on: bool | None = None) -> None:
+def record(run_dir: Path, step: int, figures: Mapping[str, float], *, goes_on: bool | None = None) -> None:
     """Write down what a run had at a rung."""
-    earlier = rundir.read_json(run_dir / RUNGS) or {}
-    rundir.write_json(run_dir / RUNGS, earlier | {str(step): {"loss": loss, "goes_on": goes_on}})
+    earlier = rundir.read_json(run_dir / rundir.RUNGS) or {}
+    rundir.write_json(run_dir / rundir.RUNGS, earlier | {str(step): {**figures, "goes_on": goes_on}})
 
 
-def recorded(sweep: Path, step: int) -> dict[str, float]:
-    """The losses of a sweep's runs that have been at the rung after that step, by their names."""
-    found = {path.parent.name: rundir.read_json(path) or {} for path in sweep.glob(f"*/{RUNGS}")}
-    return {name: rungs[str(step)]["loss"] for name, rungs in found.items() if str(step) in rungs}
+def forget(run_dir: Path, step: int) -> None:
+    """Take that back: the run has left the rung before it was compared."""
+    rungs = rundir.read_json(run_dir / rundir.RUNGS) or {}
+    rundir.write_json(run_dir / rundir.RUNGS, {at: found for at, found in rungs.items() if at != str(step)})
+
+
+def recorded(sweep: Path, step: int, settings: EarlyStopConfig) -> dict[str, Standing]:
+    """How the runs of a sweep stand that have been at the rung after that step, by their names."""
+    metric = settings.metric
+    assert metric is not None, "resolved"
+    paths = [path for path in sweep.glob(f"*/{rundir.RUNGS}") if not rundir.is_aside(path.parent)]
+    at_step = {path.parent.name: (rundir.read_json(path) or {}).get(str(step), {}) for path in paths}
+    return {name: _standing(figures, metric) for name, figures in at_step.items() if metric in figures}
+
+
+def _standing(figures: Mapping[str, float], metric: str) -> Standing:
+    """The loss; or of another figure more is better, and between equal ones the loss decides."""
+    loss = figures["eval_loss"]
+    return (loss,) if metric == "eval_loss" else (-figures[metric], loss)
 
 
 class RungFiles:
     """Compares a run with those of its sweep that have been at a rung before it, by what their directories say."""
 
-    def __init__(self, run_dir: Path, *, factor: int):
-        self.run_dir, self.factor = run_dir, factor
+    def __init__(self, run_dir: Path, settings: EarlyStopConfig):
+        self.run_dir, self.settings = run_dir, settings
 
-    def __call__(self, step: int, loss: float) -> Verdict:
-        record(self.run_dir, step, loss)
-        return judge(recorded(self.run_dir.parent, step), self.run_dir.name, step=step, factor=self.factor)
+    def __call__(self, step: int) -> Verdict:
+        standings = recorded(self.run_dir.parent, step, self.settings)
+        return judge(standings, self.run_dir.name, step=step, factor=self.settings.reduction_factor)
 
 
 class Behind(Exception):
@@ -93,10 +108,19 @@ class Rungs(TrainerCallback):
     Args:
         compare: where the run stands; None if it is to stop, saved, before that is known.
         loss_at: the held-out loss that was measured at a step, for a run that is taken up at a rung.
+        measure: what runs are compared by beside the loss, of the model as it is at a rung.
     """
 
-    def __init__(self, run_dir: Path, steps: list[int], compare: Compare, loss_at: Callable[[int], float | None]):
-        self.run_dir, self.steps, self.compare, self.loss_at = run_dir, steps, compare, loss_at
+    def __init__(
+        self,
+        run_dir: Path,
+        steps: list[int],
+        compare: Compare,
+        loss_at: Callable[[int], float | None],
+        measure: Callable[[], dict[str, float]] = dict,
+    ):
+        self.run_dir, self.steps, self.compare = run_dir, steps, compare
+        self.loss_at, self.measure = loss_at, measure
         self.verdict: Verdict | None = None  # of the rung at which the run has been stopped
         self._has_trained = False  # since it was taken up: until then its checkpoint holds all there is
 
@@ -124,15 +148,19 @@ class Rungs(TrainerCallback):
 
     def _goes_on(self, step: int, loss: float) -> bool:
         """On all ranks what the first one finds: other runs may come to the rung between two looks."""
-        verdict, goes_on = on_main(lambda: self._compared(step, loss))
+        figures = {"eval_loss": loss, **self.measure()}
+        verdict, goes_on = on_main(lambda: self._compared(step, figures))
         self.verdict = None if goes_on else verdict
         return goes_on
 
-    def _compared(self, step: int, loss: float) -> tuple[Verdict | None, bool]:
-        known = (rundir.read_json(self.run_dir / RUNGS) or {}).get(str(step), {})
+    def _compared(self, step: int, figures: Mapping[str, float]) -> tuple[Verdict | None, bool]:
+        known = (rundir.read_json(self.run_dir / rundir.RUNGS) or {}).get(str(step), {})
         if known.get("goes_on"):  # and was stopped later on, before its next checkpoint
             return None, True
-        verdict = self.compare(step, loss)
-        if verdict is not None:
-            record(self.run_dir, step, loss, goes_on=verdict.goes_on)
-        return verdict, verdict is not None and verdict.goes_on
+        record(self.run_dir, step, figures)
+        verdict = self.compare(step)
+        if verdict is None:
+            forget(self.run_dir, step)
+            return None, False
+        record(self.run_dir, step, figures, goes_on=verdict.goes_on)
+        return verdict, verdict.goes_on

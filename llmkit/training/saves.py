@@ -24,7 +24,7 @@ from llmkit.training.tracking import NoTracker
 from llmkit.training.versions import versions
 
 # Of the run directory: in a checkpoint as they were at its step.
-RECORDS = (rundir.CONFIG, rundir.METRICS, rundir.SAMPLES)
+RECORDS = (rundir.CONFIG, rundir.METRICS, rundir.SAMPLES, rundir.RUNGS)
 BEST_WEIGHTS = "best.safetensors"  # in a checkpoint; see callbacks.BestWeights
 RENDERING = ".rendering"  # in the run's directory: tokenizer, template and end tokens, linked into every checkpoint
 
@@ -121,6 +121,9 @@ def restore_records(run_dir: Path, checkpoint: Path) -> None:
             shutil.copyfile(checkpoint / name, run_dir / name)
         else:
             (run_dir / name).unlink(missing_ok=True)
+    # What was found at a rung since then stays found.
+    if (checkpoint / rundir.RUNGS).exists() and not (run_dir / rundir.RUNGS).exists():
+        shutil.copyfile(checkpoint / rundir.RUNGS, run_dir / rundir.RUNGS)
     best = run_dir / rundir.BEST_WEIGHTS
     best.unlink(missing_ok=True)
     if (checkpoint / BEST_WEIGHTS).exists():

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
@@ -28,9 +29,8 @@ from llmkit.training.facts import device_name
 from llmkit.training.figures import Figure, questions
 from llmkit.training.final_test import measure_test
 from llmkit.training.generation import AnswerGenerator
-from llmkit.training.memory import peak_memory
-from llmkit.training.metrics import MetricsFile, draw_losses, last_tokens, mean_loss
-from llmkit.training.pack.pack import compare_in_pack, join_pack
+from llmkit.training.metrics import MetricsFile, draw_losses, eval_loss_interval, last_tokens, mean_loss
+from llmkit.training.pack.pack import compare_in_pack, join_pack, peak_of_process
 from llmkit.training.ranks import any_rank, gathered, is_main, on_main
 from llmkit.training.ready import Ready
 from llmkit.training.rungs import Behind, RungFiles, Rungs, compares, rung_steps
@@ -84,6 +84,9 @@ class Session:
             autocast=ready.autocast,
             synced=is_sharded(trainer),
         )
+        if self.data.validation is not None:
+            origins = self.data.validation.origins
+            trainer.rows_are_draws = len(np.unique(origins)) == len(origins)
         prompts = questions(self.data.validation or self.data.train, config.evaluation.samples)
         trainer.remove_callback(PrinterCallback)
         self.engine: str | None = self.saves.earlier.get("engine")  # of a run with no step left to train
@@ -99,12 +102,13 @@ class Session:
         self.rungs: Rungs | None = None
         if config.early_stop.name == "halving" and on_main(lambda: compares(run_dir)):
             steps = rung_steps(config.early_stop, total_steps(config.training, len(self.data.train.dataset)))
-            factor = config.early_stop.reduction_factor
-            compare = compare_in_pack() or RungFiles(run_dir, factor=factor)
-            self.rungs = Rungs(run_dir, steps, compare, self.metrics.eval_loss_at)
+            compare = compare_in_pack() or RungFiles(run_dir, config.early_stop)
+            self.rungs = Rungs(run_dir, steps, compare, self.metrics.eval_loss_at, self._measure_at_rung)
             trainer.add_callback(self.rungs)
             if steps:
-                console.fact("rungs", f"compared with the sweep's other runs after {', '.join(map(str, steps))} steps")
+                at = ", ".join(map(str, steps))
+                by = config.early_stop.metric
+                console.fact("rungs", f"compared with the sweep's other runs by {by}, after {at} steps")
             else:
                 console.warn(f"early_stop.min_steps={config.early_stop.min_steps:g} is no step before the last one")
         if self.tracker.where:
@@ -258,9 +262,27 @@ class Session:
             figures["eval_loss"] = logged[-1]["eval_loss"] if logged else self.trainer.evaluate()["eval_loss"]
         shares = {figure.name: value for figure in self.asked if (value := figure.of(self)) is not None}
         if shares and self.final_is == "last":
-            record = self.metrics.append(shares, step=state.global_step, epoch=state.epoch)
-            self.tracker.log(record or {})
+            self._log(shares)
         return figures | shares
+
+    def _measure_at_rung(self) -> dict[str, float]:
+        """What early_stop compares runs by beside the loss, of the model as it is now; measured once."""
+        figure = next((one for one in self.asked if one.name == self.config.early_stop.metric), None)
+        if figure is None:
+            return {}
+        if not (share := self._logged_at_rung()) and (value := figure.of(self)) is not None:
+            share = {figure.name: value}
+            self._log(share)
+        return share or {figure.name: 0.0}  # no row asks for an answer: the loss decides
+
+    def _logged_at_rung(self) -> dict[str, float]:
+        name, step = self.config.early_stop.metric, self.trainer.state.global_step
+        logged = [record[name] for record in self.metrics.records if record["step"] == step and name in record]
+        return {name: logged[-1]} if name and logged else {}
+
+    def _log(self, figures: dict[str, float]) -> None:
+        state = self.trainer.state
+        self.tracker.log(self.metrics.append(figures, step=state.global_step, epoch=state.epoch) or {})
 
     def _print_comparison(self) -> None:
         def shown(name: str, value: float | None) -> str:
@@ -279,15 +301,18 @@ class Session:
     def _result(self) -> dict[str, Any]:
         config, state, seconds = self.config, self.trainer.state, self.saves.seconds
         records = self.metrics.records
+        unlogged = self.trainer.since_last_log()  # of a run that was stopped between two log events
         rates = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
-        train_loss = mean_loss(records)
+        train_loss = mean_loss([*records, unlogged] if unlogged else records)
         figures = {**self.figures, "train_loss": train_loss}
         devices = config.hardware.num_processes * config.hardware.num_nodes
         used = self.saves.device_seconds * devices
         price = config.hardware.price_per_hour
+        delivered = self.best.step if self.best and self.final_is == "best" else state.global_step
         verdict = self.rungs.verdict if self.rungs is not None else None
         if verdict is not None:
             figures["eval_loss"] = self.metrics.eval_loss_at(state.global_step)
+            figures |= self._logged_at_rung()
         ended = "stopped" if verdict is not None else "preempted" if self.stopped else "completed"
         return {
             "status": ended,
@@ -296,14 +321,15 @@ class Session:
             "steps": state.global_step,
             "train_loss": train_loss,
             "eval_loss": figures.get("eval_loss"),
+            "eval_loss_interval": eval_loss_interval(records, step=delivered) if "eval_loss" in figures else None,
             **{name: figures.get(name) for names in FIGURES_OF_RECIPE.values() for name in names},
             "test": self.test,
             "objective": figures.get(config.objective),
             "objective_name": config.objective,
             "base": self.base,
-            "tokens": last_tokens(records),
+            "tokens": max(last_tokens(records), state.num_input_tokens_seen),
             "tokens_per_second": sorted(rates)[len(rates) // 2] if rates else None,
-            "peak_memory_bytes": max(gathered(peak_memory(self.trainer.args.device))),
+            "peak_memory_bytes": max(gathered(peak_of_process(self.trainer.args.device))),
             "seconds": round(seconds, 2),
             "device": (f"{devices} x " if devices > 1 else "") + device_name(self.trainer.args.device),
             "engine": self.engine,
@@ -311,6 +337,7 @@ class Session:
             "cost": None if price is None else round(used / 3600 * price, 4),
             "base_model": base_model(config),
             "final_is": self.final_is,
+            "final_step": None if self.stopped else delivered,
             "method": config.method.name,
             "model_dir": None if self.stopped else rundir.FINAL,
             "dataset_fingerprint": self.data.fingerprint,

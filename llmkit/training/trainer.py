@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Sampler
@@ -19,9 +20,10 @@ from llmkit.errors import NonFiniteError, Stopped
 from llmkit.training.checkpoints.contents import collect, load_divided, load_weights, state_files
 from llmkit.training.checkpoints.saving import CheckpointWriter
 from llmkit.training.engine import engine_in_use, shard_weights
+from llmkit.training.estimate import ratio
 from llmkit.training.longest_batch import row_lengths
 from llmkit.training.rank_batches import Blank, EvaluationBatches, StepBatches, rank_loader
-from llmkit.training.ranks import any_rank, is_main
+from llmkit.training.ranks import any_rank, gathered, is_main
 from llmkit.training.stopping import StopRequest
 from llmkit.training.walks import shorten_walks
 
@@ -69,6 +71,8 @@ class RunMixin:
         self.may_stop: Callable[[], bool] = lambda: True  # whether a request to stop may end an evaluation now
         self.writer = CheckpointWriter(run_dir, keep=1, warn=print)
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # summed loss and items of the evaluation under way
+        self.evaluated_rows: list[torch.Tensor] = []  # the same of each row, (2, rows), where a recipe gives them
+        self.rows_are_draws = True  # else several are parts of one, and no interval is known
         super().__init__(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -222,11 +226,12 @@ class RunMixin:
         return output
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """The loss is the mean over all items.
+        """The loss is the mean over all items, with its 95% interval where each row's part is known.
 
         Upstream averages the means of batches, so its evaluation loss depends on the batch size (transformers 5.19).
         """
         self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self.evaluated_rows.clear()
         with self._engine_if_there():
             output = super().evaluation_loop(  # type: ignore[misc]
                 *args, metric_key_prefix=metric_key_prefix, **kwargs
@@ -234,6 +239,14 @@ class RunMixin:
         total, items = self.accelerator.reduce(self._evaluated, "sum")
         if items:
             output.metrics[f"{metric_key_prefix}_loss"] = float(total / items)
+        if self.evaluated_rows and self.rows_are_draws:
+            of_all = np.concatenate(gathered(torch.cat(self.evaluated_rows, dim=1).cpu().numpy()), axis=1)
+            estimate = ratio(*of_all[:, of_all[1] > 0])  # a rank's last batches may be blank
+            if estimate.low is not None and estimate.high is not None:
+                loss = output.metrics[f"{metric_key_prefix}_loss"]
+                output.metrics[f"{metric_key_prefix}_loss_low"] = loss + estimate.low - estimate.value
+                output.metrics[f"{metric_key_prefix}_loss_high"] = loss + estimate.high - estimate.value
+        self.evaluated_rows.clear()
         return output
 
     @contextmanager
@@ -249,6 +262,14 @@ class RunMixin:
             yield
         finally:
             self.is_deepspeed_enabled = enabled
+
+    def since_last_log(self) -> dict[str, Any] | None:
+        """What a log event would say now of the steps since the last one, on every rank; None if there are none."""
+        steps = self.state.global_step - getattr(self, "_globalstep_last_logged", self.state.global_step)
+        if steps <= 0:
+            return None
+        losses = gathered(float(self._tr_loss))
+        return {"step": self.state.global_step, "loss": sum(losses) / len(losses) / steps}
 
     def accumulators(self) -> dict[str, Any]:
         """The sums behind the next log event, which upstream forgets (transformers 5.19, trl 1.16).

@@ -15,7 +15,7 @@ from llmkit.training.engine import is_sharded
 from llmkit.training.facts import device_name
 from llmkit.training.longest_batch import LongestBatches, Outcome, Setting
 from llmkit.training.memory import in_units, memory_in_use, reset_peak
-from llmkit.training.pack.pack import note_room
+from llmkit.training.pack.pack import note_peak, note_room
 
 MANY = 0.2  # of the rows
 SHORTEST_TRIED = 8  # tokens, the least that data.max_length takes
@@ -34,9 +34,10 @@ def run_trial(trainer: Any, config: TrainConfig, console: RunConsole) -> list[Ou
         console.fact("trial", "left out: the engine divides the model only when training starts")
         return []
     batches = LongestBatches(trainer, config)
+    note_peak(batches.device)
     before = memory_in_use(batches.device)
     outcomes = batches.run(batches.asked)
-    note_room(before=before, needed=outcomes[0].needed, there=batches.capacity)
+    note_room(trainer, before=before, needed=outcomes[0].needed, there=batches.capacity)
     failed = next((outcome for outcome in outcomes if outcome.problem), None)
     if failed:
         there = f"{device_name(batches.device)} with {in_units(batches.capacity)}"
@@ -45,7 +46,7 @@ def run_trial(trainer: Any, config: TrainConfig, console: RunConsole) -> list[Ou
         peak, needed = in_units(outcome.peak), in_units(outcome.needed)
         with_state = f" ({needed} with optimizer state)" if needed != peak else ""
         console.fact("trial", f"{outcome}: peak {peak}{with_state} of {in_units(batches.capacity)}")
-    reset_peak(batches.device)  # what the run reports is its own
+    reset_peak(batches.device)  # what the run reports is that of training
     return outcomes
 
 

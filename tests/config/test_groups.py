@@ -8,8 +8,9 @@ import pytest
 from omegaconf import OmegaConf
 
 import llmkit
+from llmkit.config.nodes import GROUPS
 from llmkit.config.registration import group_names, group_options
-from llmkit.config.schema import GROUPS, METHODS
+from llmkit.config.schema import METHODS
 
 CONF = Path(llmkit.__file__).parent / "conf"
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))

@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from llmkit.config import differences, load, save
-from llmkit.config.schema import GROUPS
+from llmkit.config.nodes import GROUPS
 from llmkit.errors import ConfigError
 
 CONFIGS = {

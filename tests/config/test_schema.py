@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import llmkit
-from llmkit.config.schema import NODES, TrainConfig, types_of_node, walk_schema
+from llmkit.config.nodes import NODES, types_of_node, walk_schema
+from llmkit.config.schema import TrainConfig
 
 PACKAGE = Path(llmkit.__file__).parent
 # A source of `data.datasets` has the fields of `data`, which is one itself.

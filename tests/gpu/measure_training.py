@@ -34,6 +34,7 @@ STEPS = 12
 ROW_TOKENS = 1024  # about; a row of the packing case has a quarter, a half or all of them
 ROWS = 256
 PARTS = ("methods", "attention", "packing", "checkpointing")
+HARDWARE = {"cuda": "auto", "cpu": "cpu"}  # option of the hardware group for a device
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,12 @@ def flops_per_token(case: Case, shape: Shape, parameters: int, length: int) -> f
 def run(case: Case, model: Path, rows: Path, directory: Path, device: str) -> dict | str:
     """result.json of the case, or why there is none."""
     words = [
-        *(f"model.path={model}", f"data.path={rows / case.rows}.jsonl", f"hardware={device}", "evaluation=off"),
+        *(
+            f"model.path={model}",
+            f"data.path={rows / case.rows}.jsonl",
+            f"hardware={HARDWARE[device]}",
+            "evaluation=off",
+        ),
         *("data.validation=null", f"training.max_steps={STEPS}", "training.logging_steps=2", "checkpoint=off"),
         *("training.global_batch_size=16", f"run_dir={directory / case.name.replace(' ', '-')}"),
     ]

@@ -1,5 +1,7 @@
 """`launcher=packed`: runs that share a process and a base learn, to the last bit, what each learns alone."""
 
+import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +117,52 @@ def test_a_pack_goes_on_from_where_each_of_its_runs_was_as_if_it_had_not_been_st
 
 
 @pytest.mark.slow
+def test_runs_of_a_pack_are_cancelled_without_the_others(run_llmkit, tmp_path):
+    words = ["name=pack", "launcher=packed", "launcher.width=2", "evaluation=off", "training.logging_steps=1"]
+    words += ["training.global_batch_size=2", "-m", "training.max_steps=500,5000,5001"]
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "llmkit", "train", *words], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    runs = [tmp_path / "runs/pack" / f"max_steps={steps}" for steps in (500, 5000, 5001)]
+    wait_for_steps(runs[1], 1)
+
+    told = [run_llmkit("jobs", "cancel", f"pack/{run.name}") for run in (runs[2], runs[1])]
+    said = driver.communicate(timeout=120)[0]
+
+    assert [one.returncode for one in told] == [0, 0], told[0].stderr + told[1].stderr
+    going_on = [one.stdout.partition("going on: ")[2].strip() for one in told]
+    assert going_on == ["max_steps=500, max_steps=5000", "max_steps=500"]
+    assert driver.returncode == 75, said
+    results = [rundir.read_result(run) for run in runs]
+    assert [result["status"] for result in results] == ["completed", "preempted", "stopped"]
+    assert results[1]["steps"] < 5000
+    assert "by llmkit jobs cancel at step" in (runs[1] / "console.log").read_text()
+    assert "stopped by llmkit jobs cancel before it began" in results[2]["error"]
+    assert not [run for run in runs if (run / ".cancel").exists()]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_cancelled_at_a_rung_leaves_it_to_the_others(run_llmkit, tmp_path):
+    words = ["name=half", "launcher=packed", "launcher.width=1", "evaluation=off", "training.logging_steps=1"]
+    words += ["early_stop=halving", "early_stop.min_steps=20", "early_stop.reduction_factor=2", "training.max_steps=40"]
+    words += ["-m", "training.learning_rate=1e-2,1e-4,3e-3"]
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "llmkit", "train", *words], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    runs = [tmp_path / "runs/half" / f"learning_rate={rate}" for rate in ("0.01", "0.0001", "0.003")]
+    wait_for_steps(runs[1], 1)  # by now the first waits at its rung
+
+    (runs[0] / ".cancel").touch()
+    said = driver.communicate(timeout=120)[0]
+
+    assert driver.returncode == 75, said
+    results = [rundir.read_result(run) for run in runs]
+    assert [(one["status"], one["steps"]) for one in results] == [("preempted", 20), ("stopped", 20), ("completed", 40)]
+    assert (results[1]["early_stop"]["place"], results[1]["early_stop"]["of"]) == (2, 2)
+    assert rundir.read_json(runs[0] / "rungs.json") == {}
+
+
+@pytest.mark.slow
 def test_runs_of_a_pack_that_have_not_begun_when_it_is_stopped_wait_for_the_next_time(run_llmkit, tmp_path):
     words = ["name=pack", "launcher=packed", "launcher.width=1", "evaluation=off", "-m", "training.max_steps=500,501"]
     driver = subprocess.Popen(
@@ -204,7 +252,11 @@ HALVING = ["-m", "training.learning_rate=3e-3,1e-4,1e-2,3e-4", "early_stop=halvi
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "is_stopped"),
-    [(["launcher=packed", "launcher.width=4"], False), (["launcher=packed"], True), (["launcher=local"], False)],
+    [
+        (["launcher=packed", "launcher.width=4", "export.merge=true"], False),
+        (["launcher=packed"], True),
+        (["launcher=local"], False),
+    ],
     ids=["packed", "packed one after the other, stopped, gone on with", "local"],
 )
 def test_runs_that_are_behind_at_a_rung_stop_there_and_the_winner_is_as_if_alone(
@@ -240,6 +292,8 @@ def test_runs_that_are_behind_at_a_rung_stop_there_and_the_winner_is_as_if_alone
         (place for place in results if results[place]["status"] == "completed"),
         key=lambda place: results[place]["eval_loss"],
     )
+    if "export.merge=true" in launcher:
+        assert [path.parent.name for path in (tmp_path / "runs/half").glob("*/merged")] == [Path(winner).name]
     rate = winner.partition("learning_rate=")[2]
     alone = run_llmkit("train", "name=alone", f"training.learning_rate={rate}", *[w for w in few if "early" not in w])
     assert alone.returncode == 0, alone.stderr
@@ -248,4 +302,49 @@ def test_runs_that_are_behind_at_a_rung_stop_there_and_the_winner_is_as_if_alone
     assert all(mine[key].equal(its[key]) for key in its)
 
     again = run_llmkit(*words)
+    kept = f"{len(results)} finished before and are kept ({len(stopped)} stopped by early_stop"
+    assert f"0 jobs to run; {kept}" in again.stdout
+    assert sum("early_stop=halving: place" in (job["error"] or "") for job in sweep_of(tmp_path / "runs/half")) == len(
+        stopped
+    )
+    page = (tmp_path / "runs/half/report.html").read_text()
+    assert f"out of {len(results)} runs" in page
+
+
+@pytest.mark.slow
+def test_runs_are_compared_by_a_figure_that_the_sweep_is_ranked_by(run_llmkit, tmp_path):
+    words = ["objective=exact_match", "evaluation.examples=4", "training.max_steps=4", "early_stop.min_steps=2"]
+    done = run_llmkit("train", "name=half", "launcher=packed", *words, *HALVING[:1], "lora.r=2,4", *HALVING[2:])
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    jobs = [tmp_path / job["run_dir"] for job in sweep_of(tmp_path / "runs/half")]
+    assert sorted(rundir.read_result(job)["status"] for job in jobs) == ["completed", "stopped"]
+    for job in jobs:
+        found = rundir.read_json(job / "rungs.json")["2"]
+        logged = [
+            record["exact_match"] for record in read_metrics(job) if record["step"] == 2 and "exact_match" in record
+        ]
+        assert [found["exact_match"]] == logged
+        assert math.isfinite(found["eval_loss"])
+
+
+@pytest.mark.slow
+def test_what_the_copies_of_a_sweep_lack_is_sent_by_the_same_command(run_llmkit, tmp_path):
+    fast = ["training.max_steps=2", "evaluation=off", f"checkpoint.remote={tmp_path / 'copies'}"]
+    words = ["train", "name=pack", "launcher=packed", *fast, "-m", "lora.r=2,4"]
+    copy = tmp_path / "copies/pack/r=2"
+    assert run_llmkit(*words).returncode == 0
+    (copy / "result.json").unlink()
+
+    again = run_llmkit(*words)
+
+    assert again.returncode == 0, again.stderr
     assert "0 jobs to run" in again.stdout
+    assert f"{copy} is complete" in again.stdout
+    assert rundir.read_result(copy) == rundir.read_result(tmp_path / "runs/pack/r=2")
+
+    shutil.rmtree(copy)
+    copy.write_text("in the way")
+    again = run_llmkit(*words)
+    assert again.returncode == 1
+    assert "error: r=2: " in again.stderr

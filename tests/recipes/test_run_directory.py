@@ -98,6 +98,7 @@ def test_final_best_holds_the_weights_of_the_best_evaluation(train, tmp_path):
 
     losses = {r["step"]: r["eval_loss"] for r in best.metrics() if "eval_loss" in r}
     assert best.result["final_is"] == "best"
+    assert best.result["final_step"] == min(losses, key=losses.__getitem__)
     assert best.result["eval_loss"] == pytest.approx(min(losses.values()), rel=1e-4)
     assert best.result["eval_loss"] < last.result["eval_loss"]
     weights = load_file(best.final / "adapter_model.safetensors")
@@ -208,6 +209,17 @@ def test_the_training_loss_is_the_mean_over_all_steps(train):
     assert some.result["train_loss"] == pytest.approx(every.result["train_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("final", ["last", "best"])
+def test_the_interval_of_the_held_out_loss_is_that_of_the_same_rows_as_a_test(train, chats_file, final):
+    rows = chats_file(*({"question": f"{n}?", "answer": str(n) * (1 + n % 7)} for n in range(20)))
+    words = [f"data.validation={rows}", f"data.test={rows}", f"training.final={final}", "training.max_steps=4"]
+    result = train(*words, "training.eval_steps=2").result
+
+    tested = result["test"]["loss"]
+    assert result["eval_loss"] == pytest.approx(tested["value"], rel=1e-5)
+    assert result["eval_loss_interval"] == pytest.approx([tested["low"], tested["high"]], rel=1e-5)
+
+
 def test_a_stopped_run_saves_its_step_and_the_same_config_goes_on_from_it(train, tmp_path, monkeypatch):
     from llmkit.training.callbacks import Saving
     from llmkit.training.stopping import StopRequest
@@ -237,6 +249,24 @@ def test_a_stopped_run_saves_its_step_and_the_same_config_goes_on_from_it(train,
         assert resumed.result[key] == straight.result[key], key
     ours, theirs = (load_file(run.final / "adapter_model.safetensors") for run in (resumed, straight))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_that_is_stopped_between_two_log_events_counts_the_steps_since_the_first(train, monkeypatch):
+    from llmkit.training.callbacks import Saving
+    from llmkit.training.stopping import StopRequest
+
+    stop, end_of_step = StopRequest(), Saving.on_step_end
+
+    def ask_at_step_3(callback, args, state, control, **more):
+        stop.signal = "SIGINT" if state.global_step == 3 else None
+        end_of_step(callback, args, state, control, **more)
+
+    monkeypatch.setattr(Saving, "on_step_end", ask_at_step_3)
+    every, some = (train("training.max_steps=8", f"training.logging_steps={n}", stop=stop) for n in (1, 5))
+
+    assert (every.result["steps"], some.result["steps"]) == (3, 3)
+    assert some.result["tokens"] == every.result["tokens"] > 0
+    assert some.result["train_loss"] == pytest.approx(every.result["train_loss"], rel=1e-5)
 
 
 def test_a_run_does_not_go_on_with_other_data(train, tmp_path, chats_file):

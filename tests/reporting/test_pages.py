@@ -93,7 +93,9 @@ def test_the_leaderboard_shows_every_figure_beside_the_swept_values(ranks):
     result = rundir.read_result(ranks / first["run"].text)
     assert result is not None
     assert first["eval_loss"].text == f"{result['eval_loss']:.4f}"
-    assert first["eval_loss"].notes == [f"before {result['base']['eval_loss']:.4f}"]
+    low, high = result["eval_loss_interval"]
+    assert low < result["eval_loss"] < high
+    assert first["eval_loss"].notes == [f"{low:.4f} to {high:.4f}", f"before {result['base']['eval_loss']:.4f}"]
     assert re.fullmatch(r"\d+\.\d% to \d+\.\d%", first["exact_match (16 rows)"].notes[0])
     assert first["loss on data.test (36 rows)"].text == f"{result['test']['loss']['value']:.4f}"
     assert first["alpha / r"].text in ("4 / 2 = 2", "8 / 4 = 2")

@@ -119,6 +119,38 @@ def test_a_sweep_under_way_shows_every_job_and_why_one_failed(make_run, tmp_path
     assert any("2 of 4 runs were not at their end" in caution for caution in cautions(report))
 
 
+def test_a_run_under_way_has_the_interval_of_its_last_evaluation_and_of_the_one_before_training(make_run):
+    evaluations = [
+        {"step": step, "epoch": 0.0, "eval_loss": loss, "eval_loss_low": loss - 0.2, "eval_loss_high": loss + 0.3}
+        for step, loss in ((0, 4.0), (1, 3.0), (2, 2.0))
+    ]
+    run_dir = make_run("a", records=[*evaluations, *losses(1.9, start=3)])
+
+    (run,) = read_report([run_dir]).runs
+
+    figures = run.base["eval_loss"], run.figures["eval_loss"]
+    assert [(one.value, one.low, one.high) for one in figures] == [(4.0, 3.8, 4.3), (2.0, 1.8, 2.3)]
+
+
+def test_the_interval_of_the_loss_says_whom_the_winner_cannot_be_told_from(make_run, tmp_path):
+    for name, loss in (("a", 2.0), ("b", 2.1), ("c", 3.0)):
+        interval = [loss - 0.2, loss + 0.2]
+        make_run(
+            f"s/{name}",
+            records=losses(loss),
+            status="completed",
+            eval_loss=loss,
+            objective=loss,
+            eval_loss_interval=interval,
+        )
+    jobs = [{"run_dir": f"s/{name}", "overrides": [f"seed={name}"], "objective": 2.0} for name in "abc"]
+
+    report = read_report([write_sweep(tmp_path / "s", *jobs)])
+
+    assert report.winner.figures["eval_loss"].low == pytest.approx(1.8)
+    assert any("95% interval meets that of 1 of the 2 others" in caution for caution in cautions(report))
+
+
 def test_a_run_that_was_stopped_early_says_why_and_that_it_might_have_learnt_later(make_run, tmp_path):
     make_run("s/a", records=losses(2.0), status="completed", eval_loss=2.0, objective=2.0)
     verdict = {"step": 5, "place": 2, "of": 2, "goes_on": False}
@@ -134,6 +166,7 @@ def test_a_run_that_was_stopped_early_says_why_and_that_it_might_have_learnt_lat
 
     assert [(run.state.status, run.state.reason) for run in report.runs] == [("completed", ""), ("stopped", reason)]
     assert any(caution.startswith("1 of 2 runs were stopped early, behind") for caution in cautions(report))
+    assert any("chosen by eval_loss on the evaluation rows, out of 2 runs" in caution for caution in cautions(report))
 
 
 def test_runs_without_an_evaluation_or_with_one_that_is_no_number_are_not_ranked(make_run, tmp_path):
@@ -224,7 +257,7 @@ def test_the_answers_shown_are_those_of_the_weights_that_were_delivered(make_run
 
     samples = [answered(0, "base"), answered(1, "best\u2028 of all"), answered(2, "last")]
     records = [{"step": step, "eval_loss": loss} for step, loss in ((0, 9.0), (1, 1.0), (2, 2.0))]
-    run_dir = make_run("run", records=records, samples=samples, status="completed", final_is="best")
+    run_dir = make_run("run", records=records, samples=samples, status="completed", final_is="best", final_step=1)
 
     shown = read_report([run_dir]).runs[0].shown_answers
 

@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmkit import rundir
-from llmkit.config.schema import ExportConfig
+from llmkit.config import TrainConfig
+from llmkit.config.schema import ExportConfig, LoraConfig
 from llmkit.errors import ConfigError, LlmkitError
 from llmkit.serving import merged_weights
 from llmkit.serving.loaded import load_target
 from llmkit.serving.merging import merge, merged_directory
 from llmkit.serving.target import of_run
+from llmkit.worker import merge_if_asked
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # upstream's deprecations
 
@@ -333,3 +335,12 @@ def test_memory_is_free_of_the_trained_model_before_the_merged_one_is_loaded(mak
     merge_run(run_dir)
 
     assert seen[1] is None
+
+
+def test_a_run_that_was_stopped_early_has_nothing_to_merge(tmp_path, capsys):
+    rundir.write_result(tmp_path, status="stopped", early_stop={"step": 5, "place": 2, "of": 2, "goes_on": False})
+
+    code = merge_if_asked(TrainConfig(lora=LoraConfig(), export=ExportConfig(merge=True)), tmp_path)
+
+    assert code == 0
+    assert capsys.readouterr() == ("", "")

@@ -210,7 +210,8 @@ def test_figures_of_pairs_are_means_over_the_same_pairs(logged, case):
     for key in ("rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"):
         for name in (key, f"eval_{key}"):
             assert values(one, name)
-            assert values(two, name) == pytest.approx(values(one, name), rel=1e-4, abs=1e-5), name
+            # A margin is a difference of log-probabilities near 100, whose last digit is 1e-5.
+            assert values(two, name) == pytest.approx(values(one, name), rel=1e-4, abs=4e-5), name
 
 
 @pytest.mark.filterwarnings("ignore")

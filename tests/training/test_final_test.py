@@ -8,8 +8,8 @@ import torch
 from recipe_trainers import make_trainer, random_pairs, random_rows
 
 from llmkit.data.examples import Conversation
-from llmkit.training.estimate import Estimate, in_words, share
-from llmkit.training.final_test import by_row, measure_test, ratio, row_losses
+from llmkit.training.estimate import Estimate, in_words, ratio, share
+from llmkit.training.final_test import by_row, measure_test, row_losses
 from llmkit.training.generation import Answer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # upstream's deprecations inside real training runs

@@ -306,7 +306,9 @@ def test_a_cpu_process_may_grow_by_what_is_available_and_no_more(monkeypatch):
     torch.empty(400 * 2**20, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "rmsprop", "adagrad", "adamw_8bit", "lion_32bit", "ademamix"])
+@pytest.mark.parametrize(
+    "optim", ["adamw_torch_fused", "adamw_torch", "sgd", "rmsprop", "adagrad", "adamw_8bit", "lion_32bit", "ademamix"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_optimizer_keeps_as_much_state_as_is_said(tmp_path, optim, dtype):
     from transformers import Trainer, TrainingArguments

@@ -1,13 +1,10 @@
 """The decoder that packed runs share: each run's rows go through its own adapter, as in its own model."""
 
-import sys
-
 import peft
 import pytest
 import torch
 import transformers
 
-from llmkit.training.pack.output import Output
 from llmkit.training.pack.process_state import ProcessState
 from llmkit.training.pack.shared_base import sharing_weights
 from llmkit.training.pack.trunk import JointTrunk, NotOfRows, replaced_layers
@@ -31,7 +28,7 @@ class Run:
         self.model = peft.get_peft_model(sharing_weights(base), config)
         self.trunk = self.model.get_base_model().base_model.train()
         self.layers = replaced_layers(self.trunk)
-        self.state = ProcessState(Output(sys.stdout), sys.stdout)
+        self.state = ProcessState()
         self.before = self.state.random()
         ids = torch.randint(50, (2, LENGTHS[number]))
         self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}

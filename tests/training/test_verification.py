@@ -17,7 +17,7 @@ class Trainer:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Embedding(9, 8), nn.Dropout(dropout), nn.Linear(8, 9))
         self.args = SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False)
-        self.off, self.is_alone, self.passes = off, False, 0
+        self.off, self.is_alone, self.passes, self.joint_passes = off, False, 0, 0
         self.trained = list(self.model.parameters())
 
     @contextmanager
@@ -28,6 +28,7 @@ class Trainer:
 
     def training_step(self, model, inputs):
         self.passes += 1
+        self.joint_passes += not self.is_alone
         logits = model(inputs["input_ids"]).transpose(1, 2)
         loss = nn.functional.cross_entropy(logits, inputs["labels"])
         (loss if self.is_alone else loss * (1 + self.off)).backward()
@@ -40,6 +41,10 @@ BATCH = {
 }
 
 
+def verify(trainer, count, tell):
+    Verification(trainer, count, alone=trainer.alone, joint_passes=lambda: trainer.joint_passes, tell=tell)
+
+
 def gradients(trainer):
     return [parameter.grad.clone() for parameter in trainer.model.parameters()]
 
@@ -47,7 +52,7 @@ def gradients(trainer):
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_steps_are_what_they_were_and_equality_is_told_once(dropout):
     trainer, plain, told = Trainer(dropout=dropout), Trainer(dropout=dropout), []
-    Verification(trainer, 2, trainer.alone, told.append)
+    verify(trainer, 2, told.append)
 
     torch.manual_seed(1)
     losses = [trainer.training_step(trainer.model, BATCH) for _ in range(3)]
@@ -64,7 +69,7 @@ def test_steps_are_what_they_were_and_equality_is_told_once(dropout):
 
 def test_a_joint_pass_that_is_another_one_stops_the_run_at_once():
     trainer = Trainer(off=1e-3)
-    Verification(trainer, 2, trainer.alone, pytest.fail)
+    verify(trainer, 2, pytest.fail)
 
     with pytest.raises(PackDiffers, match=r"1\.0e-03 of its length.*launcher=local"):
         trainer.training_step(trainer.model, BATCH)
@@ -72,8 +77,27 @@ def test_a_joint_pass_that_is_another_one_stops_the_run_at_once():
 
 def test_rounding_is_told_and_no_reason_to_stop():
     trainer, told = Trainer(off=2e-7), []
-    Verification(trainer, 1, trainer.alone, told.append)
+    verify(trainer, 1, told.append)
 
     trainer.training_step(trainer.model, BATCH)
 
     assert "of their length away from those alone" in told[0]
+
+
+def test_it_is_told_how_many_of_the_passes_were_joint():
+    trainer, told, counts = Trainer(), [], iter([0, 0, 0, 1])
+    Verification(trainer, 2, alone=trainer.alone, joint_passes=lambda: next(counts), tell=told.append)
+
+    for _ in range(2):
+        trainer.training_step(trainer.model, BATCH)
+
+    assert told[0].startswith("gradients of 1 in 2 micro-batches equal to the last bit")
+
+
+def test_a_pass_that_was_not_joint_proves_nothing():
+    trainer, told = Trainer(off=1e-3), []
+    Verification(trainer, 1, alone=trainer.alone, joint_passes=lambda: 0, tell=told.append)
+
+    trainer.training_step(trainer.model, BATCH)
+
+    assert told == ["nothing compared, it went through the base by itself"]

@@ -25,10 +25,11 @@ from torch import nn
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
+from llmkit.model.adapters import ADAPTER
+
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 WEIGHTS, MODEL_CONFIG = "model.safetensors", "config.json"
 ACCUMULATORS = "accumulators.json"
-ADAPTER = "default"
 
 
 def collect(trainer: Any) -> dict[str, Any]:

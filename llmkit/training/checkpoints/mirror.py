@@ -4,6 +4,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from contextvars import copy_context
 from pathlib import Path
 
 from llmkit import rundir
@@ -30,7 +31,8 @@ class Mirror:
         self._under_way: Path | None = None
         self._closed = False
         self._failing = False
-        self._thread = threading.Thread(target=self._run, name="checkpoint mirror", daemon=True)
+        work = copy_context().run  # what it says goes where the run's own words go
+        self._thread = threading.Thread(target=work, args=(self._run,), name="checkpoint mirror", daemon=True)
         self._thread.start()
 
     def offer(self, checkpoint: Path) -> set[Path]:

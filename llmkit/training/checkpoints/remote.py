@@ -32,6 +32,7 @@ RECORDS = (
     rundir.CONFIG,
     rundir.METRICS,
     rundir.SAMPLES,
+    rundir.RUNGS,
     rundir.DATA_AUDIT,
     rundir.PROBE,
     rundir.LOSS_PLOT,

@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,9 @@ class CheckpointWriter:
                 values = self._host.of(values)
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
-            self._thread = threading.Thread(
-                target=self._write, args=(partial, step, values, facts), name=f"checkpoint {step}", daemon=True
-            )
+            work = copy_context().run  # what it says goes where the run's own words go
+            given = (self._write, partial, step, values, facts)
+            self._thread = threading.Thread(target=work, args=given, name=f"checkpoint {step}", daemon=True)
             self._thread.start()
             if not in_background:
                 self._thread.join()

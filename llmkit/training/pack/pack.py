@@ -20,25 +20,21 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from llmkit import rundir
 from llmkit.config import TrainConfig
 from llmkit.config.launcher_schema import PackedLauncherConfig
 from llmkit.errors import OutOfMemory
 from llmkit.training.advice import is_out_of_memory, reason
-from llmkit.training.longest_batch import row_lengths
-from llmkit.training.memory import in_units
-from llmkit.training.pack.process_state import Output, ProcessState
+from llmkit.training.memory import optimizer_state, peak_memory
+from llmkit.training.pack.output import Output
+from llmkit.training.pack.process_state import ProcessState
 from llmkit.training.pack.shared_base import sharing_weights
 from llmkit.training.pack.trunk import JointStep, JointTrunk, NotOfRows, can_join, replaced_layers
 from llmkit.training.pack.turns import Turn
 from llmkit.training.pack.verification import Verification
-from llmkit.training.rungs import Compare, Verdict, judge, record, recorded
+from llmkit.training.pack.width import Room, at_a_time, choose_width
+from llmkit.training.rungs import Compare, Verdict, judge, recorded
 from llmkit.training.stopping import StopRequest
-
-# Tokens of a run's own micro-batch from which on joint steps gain nothing: the device is busy. Seen with 25M parameters
-# on two cores with AVX-512 (160 tokens: 0.95 to 1.0 times as fast); a large GPU needs some thousands.
-BUSY_TOKENS = {"cpu": 128, "cuda": 4096}
-# Tokens of a joint micro-batch up to which it gains by being longer (there: 40 tokens of each of ten runs, 1.6 times).
-JOINT_TOKENS = {"cpu": 384, "cuda": 4096}
 
 _member: ContextVar["Member | None"] = ContextVar("member", default=None)
 
@@ -48,7 +44,6 @@ class AtRung:
     """What a member asks for that waits to be compared with the others."""
 
     step: int
-    loss: float
 
 
 ALONE = object()  # the answer to a member that is to apply its decoder itself
@@ -57,12 +52,13 @@ ALONE = object()  # the answer to a member that is to apply its decoder itself
 class Member:
     """One run of a pack."""
 
-    def __init__(self, pack: "Pack", config: TrainConfig, run_dir: Path, log: TextIO):
+    def __init__(self, pack: "Pack", config: TrainConfig, run_dir: Path, *, stop: StopRequest, log: TextIO):
         self.pack, self.config, self.run_dir = pack, config, run_dir
+        self.stop = StopRequest(stop, mark=run_dir / rundir.CANCEL)
         self.layers: dict[str, nn.Module] = {}
-        self.micro_batches = 0
+        self.micro_batches = self.joint_passes = 0
         self.device_seconds = 0.0  # its part of the time that the pack has trained
-        self.state = ProcessState(pack.output, log)
+        self.state, self._log = ProcessState(), log
         self.turn: Turn | None = None
         self._part: torch.Tensor | None = None  # of a joint step, until its gradient is there
         self._apart = False  # whether its passes are its own now
@@ -78,19 +74,21 @@ class Member:
         """Whether it waits to be compared with the others."""
         return self.turn is not None and isinstance(self.turn.asks, AtRung)
 
-    def compare(self, step: int, loss: float) -> Verdict | None:
+    def compare(self, step: int) -> Verdict | None:
         """Called by the run itself at a rung: wait until the others are there, and hear where it stands.
 
         None if it is to stop before they are.
         """
         assert self.turn is not None
-        return self.turn.wait(AtRung(step=step, loss=loss))
+        self.pack.device_seconds(self)  # up to here: it does not work while it waits
+        return self.turn.wait(AtRung(step=step))
 
     def start(self, work: Callable[[], None]) -> None:
         """Begin its work, on a stack of its own, which waits for its turn."""
 
         def in_its_context() -> None:
             _member.set(self)
+            self.pack.output.goes_to(self._log)
             work()
 
         self.turn = Turn(in_its_context, self.state)
@@ -112,6 +110,7 @@ class Member:
             if answer is ALONE:
                 return forward(**kwargs)
             self._part = answer
+            self.joint_passes += 1
             return BaseModelOutputWithPast(last_hidden_state=answer)
 
         def joint_backward(loss: torch.Tensor, **kwargs: Any) -> None:
@@ -127,7 +126,13 @@ class Member:
         if self.pack.width > 1 and (steps := self.config.launcher.verify):
             told = f"{self.run_dir.name}, the first {steps} step{'s' if steps > 1 else ''}:"
             count = steps * trainer.args.gradient_accumulation_steps
-            Verification(trainer, count, self.alone, lambda found: self.pack.say(f"{told} {found}"))
+            Verification(
+                trainer,
+                count,
+                alone=self.alone,
+                joint_passes=lambda: self.joint_passes,
+                tell=lambda found: self.pack.say(f"{told} {found}"),
+            )
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -143,26 +148,26 @@ class Pack:
     """Several runs that differ in nothing but their adapters, optimisation and order of data.
 
     Args:
-        work: what a run does, from its first line to its last; it raises nothing.
+        work: what a run does, from its first line to its last; it raises nothing, and ends at once if asked to stop.
         width: how many train at a time; None: as many as make a step large enough for the device, and fit.
-        stop: a request of which the runs know too; none is begun after it.
+        stop: a request to all of them.
         output: the streams of the process, which each run's output is taken from.
     """
 
     def __init__(
         self,
         runs: Sequence[tuple[TrainConfig, Path]],
-        work: Callable[[TrainConfig, Path], None],
+        work: Callable[[TrainConfig, Path, StopRequest], None],
         *,
         width: int | None,
         stop: StopRequest,
         output: Output,
         log: Callable[[Path], TextIO],
     ):
-        self.output, self._work, self._stop = output, work, stop
+        self.output, self._work = output, work
         self.width = width or 1
-        self._width_asked = width
-        self._waiting = deque(Member(self, config, run_dir, log(run_dir)) for config, run_dir in runs)
+        self._asked = width
+        self._waiting = deque(Member(self, config, run_dir, stop=stop, log=log(run_dir)) for config, run_dir in runs)
         self._training: list[Member] = []
         self._count = len(runs)
         self._verifies = any(isinstance(c.launcher, PackedLauncherConfig) and c.launcher.verify for c, _ in runs)
@@ -170,8 +175,9 @@ class Pack:
         self._trunk: JointTrunk | None = None
         self._micro_batches = self._apart = 0
         self._told = time.monotonic()  # until when its runs have been told what part of the device they had
-        self.room: tuple[int, int, int] | None = None  # bytes: in use before a step of the first run, at most, there
+        self.room: Room | None = None  # as the first run has found it
         self._most = self._count  # runs that are begun and not ended, at rungs too
+        self.peak = 0  # bytes in use at most, before the last trial began to measure anew
 
     def base(self, load: Callable[[], tuple[PreTrainedModel, list[int]]]) -> tuple[PreTrainedModel, list[int]]:
         """The base that all share, loaded by the first who asks: each gets modules of its own around its weights."""
@@ -179,6 +185,11 @@ class Pack:
             self._base = load()
         model, new_rows = self._base
         return sharing_weights(model), new_rows
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a run has come to its first step."""
+        return self._trunk is not None
 
     def learn(self, trainer: Any) -> None:
         """What the first run to train finds out for all."""
@@ -191,37 +202,15 @@ class Pack:
             autocast=_autocast(args),
             checkpointing=args.gradient_checkpointing,
         )
+        why_apart = self._trunk.why_apart()
+        width = choose_width(trainer, why_apart=why_apart, asked=self._asked, count=self._count, room=self.room)
+        self.width = width.runs
+        vain = "; launcher.verify has nothing to compare" if width.runs == 1 and self._verifies else ""
+        self.say(f"{self._count} runs on one base, {width.in_words()}{vain}")
         if self.room is not None:
-            before, needed, there = self.room
-            self._most = max((there - before) // max(needed - before, 1), 1)
-        self.width, why = self._choose_width(trainer)
-        if self.width == 1 and self._verifies and self._count > 1:
-            why += "; launcher.verify has nothing to compare"
-        self.say(f"{self._count} runs on one base, {_at_a_time(self.width)}: {why}")
-
-    def _choose_width(self, trainer: Any) -> tuple[int, str]:
-        """How many runs train at a time, and why."""
-        args, rows = trainer.args, trainer.train_dataset
-        assert self._trunk is not None
-        if why := self._trunk.why_apart():
-            return 1, why
-        if "seq_lengths" in rows.column_names:
-            return 1, "what keeps the examples of packed rows apart (data.packing) is said of a whole batch"
-        sides = 2 if "chosen_ids" in rows.column_names else 1  # of a pair, one below the other
-        tokens = int(row_lengths(rows).mean() * args.per_device_train_batch_size * sides)
-        device, said = args.device.type, f"a micro-batch has {tokens} tokens"
-        is_busy = tokens >= BUSY_TOKENS[device]
-        if self._width_asked:
-            vain = f"; {said}, and joining them gains nothing from {BUSY_TOKENS[device]} on" if is_busy else ""
-            return min(self._width_asked, self._count), f"launcher.width={self._width_asked}{vain}"
-        if is_busy:
-            return 1, f"{said}, which keep this device busy"
-        worth = max(JOINT_TOKENS[device] // max(tokens, 1), 1)
-        if self.room is not None and self._most < min(worth, self._count):
-            before, needed, there = self.room
-            each = in_units(needed - before)
-            return self._most, f"each takes {each}, and {in_units(there - before)} are left beside the base"
-        return min(worth, self._count), f"{said}, and up to {JOINT_TOKENS[device]} together gain"
+            self._most = self.room.begun(self.width)
+        if self._most < self._count and self._waiting and self._waiting[0].config.early_stop.name != "none":
+            self.say(f"room for {self._most} that wait at a rung: each is compared with those that came before it")
 
     def device_seconds(self, member: Member) -> float:
         """The part of the time so far that a run has had the device, which runs that train together share equally."""
@@ -241,21 +230,31 @@ class Pack:
 
     def run(self) -> None:
         """Run all to their ends, or until a stop is asked for."""
-        while self._training or (self._waiting and not self._stop.signal):
+        while self._training or self._waiting:
+            self._let_stop()
             at_work = [member for member in self._training if not member.at_rung]
             may_begin = len(at_work) < self.width and len(self._training) < max(self._most, self.width)
-            if self._waiting and may_begin and not self._stop.signal:
+            if self._waiting and may_begin:
                 self._start(self._waiting.popleft())
             elif at_work:
                 self._step(at_work)
             elif self._training:
                 self._compare()
+        self._base = self._trunk = None
         how = "all of them together" if not self._apart else f"{self._apart} of them by themselves"
         if self._micro_batches:
             self.say(f"{self._micro_batches} micro-batches, {how}")
 
+    def _let_stop(self) -> None:
+        """Have those end that are to stop and wait, for their beginning or at a rung; the others hear it themselves."""
+        for member in [member for member in self._waiting if member.stop.signal]:
+            self._waiting.remove(member)
+            self._start(member)
+        for member in [member for member in self._training if member.at_rung and member.stop.signal]:
+            self._go(member)
+
     def _start(self, member: Member) -> None:
-        member.start(lambda: self._work(member.config, member.run_dir))
+        member.start(lambda: self._work(member.config, member.run_dir, member.stop))
         self._count_time()
         # Beside the others from its first step on, however many they have done.
         at_work = [other for other in self._training if not other.at_rung]
@@ -265,10 +264,14 @@ class Pack:
 
     def _go(self, member: Member, answer: Any = None) -> None:
         assert member.turn is not None
+        if member.at_rung:
+            self._count_time()  # it has not been at work until now
         member.turn.go(answer)
         if member.turn.ended:
             self._count_time()
             self._training.remove(member)
+            member.turn, member.layers = None, {}  # its stack would hold on to all it has seen
+            (member.run_dir / rundir.CANCEL).unlink(missing_ok=True)
             gc.collect()  # its trainer, model and optimizer refer to one another
 
     def _compare(self) -> None:
@@ -278,16 +281,10 @@ class Pack:
         """
         step = min(member.asks.step for member in self._training)
         there = [member for member in self._training if member.asks.step == step]
-        if self._stop.signal:  # others may not have come to this rung
-            for member in there:
-                self._go(member, None)
-            return
+        settings = there[0].config.early_stop  # those of the sweep
+        standings = recorded(there[0].run_dir.parent, step, settings)
         for member in there:
-            record(member.run_dir, step, member.asks.loss)
-        losses = recorded(there[0].run_dir.parent, step)
-        for member in there:
-            factor = member.config.early_stop.reduction_factor
-            self._go(member, judge(losses, member.run_dir.name, step=step, factor=factor))
+            self._go(member, judge(standings, member.run_dir.name, step=step, factor=settings.reduction_factor))
 
     def _step(self, at_work: Sequence[Member]) -> None:
         """A micro-batch of those that are furthest behind: all of them, unless one has just joined."""
@@ -343,7 +340,7 @@ class Pack:
             self.width, why = len(members) // 2, f"no room for {len(members)} runs at a time"
         for member, before in zip(members, numbers, strict=True):
             member.state.set_random(before)
-        self.say(f"{why}; {_at_a_time(self.width)} from now on")
+        self.say(f"{why}; {at_a_time(self.width)} from now on")
         return None
 
 
@@ -351,10 +348,6 @@ def _autocast(args: Any) -> Callable[[], AbstractContextManager[Any]]:
     """Mixed precision as each run's own trainer enters it, without what holds on to that trainer."""
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     return nullcontext if dtype is None else lambda: torch.autocast(args.device.type, dtype=dtype)
-
-
-def _at_a_time(width: int) -> str:
-    return "one after the other" if width == 1 else f"{width} at a time"
 
 
 def shared_or_own(load: Callable[[], tuple[PreTrainedModel, list[int]]]) -> tuple[PreTrainedModel, list[int]]:
@@ -381,7 +374,22 @@ def seconds_of_device(seconds: float) -> float:
     return seconds if member is None else member.pack.device_seconds(member)
 
 
-def note_room(*, before: int, needed: int, there: int) -> None:
+def note_room(trainer: Any, *, before: int, needed: int, there: int) -> None:
     """Tell the pack of the run that asks what its longest batch takes (bytes): in use before it, at most, and there."""
     if (member := _member.get()) and member.pack.room is None:
-        member.pack.room = before, needed, there
+        trained = [one for one in trainer.model.parameters() if one.requires_grad]
+        weights = sum(one.numel() * one.element_size() for one in trained)
+        kept = weights + optimizer_state(trainer.args.optim.value, trained)
+        member.pack.room = Room(before=before, needed=needed, there=there, kept=kept)
+
+
+def note_peak(device: torch.device) -> None:
+    """Have the pack of the run that asks keep the process's peak so far, which a trial is about to measure anew."""
+    if (member := _member.get()) and member.pack.has_begun:
+        member.pack.peak = max(member.pack.peak, peak_memory(device))
+
+
+def peak_of_process(device: torch.device) -> int:
+    """Most bytes in use since the run began to train; for one of a pack, since the pack did, whose memory is one."""
+    member = _member.get()
+    return peak_memory(device) if member is None else max(peak_memory(device), member.pack.peak)

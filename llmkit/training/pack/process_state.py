@@ -1,24 +1,21 @@
 """What a run finds in its process and believes to be its own, kept apart where several runs share one."""
 
 import random
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from llmkit.training.pack.output import Output
-
 
 class ProcessState:
-    """Random numbers, modes of torch, Accelerate's singletons and the output of a run that takes turns with others.
+    """Random numbers, modes of torch and Accelerate's singletons of a run that takes turns with others.
 
     `enter` makes them those of the process and `leave` takes them back, so that a run draws the numbers that it would
     draw alone, and never finds its gradients' state changed by another.
     """
 
-    def __init__(self, output: Output, log: TextIO):
-        self._output, self._log = output, log
+    def __init__(self) -> None:
         self._torch = torch.get_rng_state()
         self._python = random.getstate()
         self._numpy: Any = np.random.MT19937()  # seeded by the run
@@ -35,7 +32,6 @@ class ProcessState:
             kind._shared_state.clear()
             kind._shared_state.update(state)
         self._modes.put_back()
-        self._output.target = self._log
 
     def leave(self) -> None:
         """This run's turn ends."""
@@ -44,7 +40,6 @@ class ProcessState:
         self._numpy = _exchange_numpy(self._numpy)
         self._accelerate = [dict(kind._shared_state) for kind in _SINGLETONS]
         self._modes.take_off()
-        self._output.target = self._output.own
 
     def take_random(self) -> None:
         """Torch draws this run's numbers from now on."""

@@ -12,9 +12,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmkit.model.adapters import ADAPTER
 from llmkit.training.pack.process_state import ProcessState
 
-ADAPTER = "default"  # PEFT's name of the trained adapter
 LENGTH_DEPENDENT_ROPES = {"dynamic", "longrope"}
 
 # Of a decoder's inputs: those with a number for each token, and what stands at the end of a row that is shorter.
@@ -168,38 +168,47 @@ class _PackedLayer(nn.Module):
             if x.dim() != 2 or len(x) != count * tokens:
                 raise NotOfRows(self._name)
             in_rows = x.view(count, tokens, -1)
+        # The gradients of a split are put together at once; each slice's would be a batch of zeros but for its rows.
+        rows = [part.last - part.first for part, _ in parts]
         if any(layer is not None and not adds_to_product(layer) for _, layer in parts):
             if any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
                 raise NotOfRows(self._name)
-            outs = [self._apart(part, layer, in_rows, *args, **kwargs) for part, layer in parts]
+            outs = [
+                self._apart(part, layer, own, *args, **kwargs)
+                for (part, layer), own in zip(parts, in_rows.split(rows), strict=True)
+            ]
         else:
             together = self.base(x, *args, **kwargs).view(count, tokens, -1)
-            outs = [_with_its_update(part, layer, in_rows, together) for part, layer in parts]
+            outs = [
+                _with_its_update(part, layer, own, out)
+                for (part, layer), own, out in zip(parts, in_rows.split(rows), together.split(rows), strict=True)
+            ]
         out = torch.cat(outs)
         return out if in_rows is x else out.flatten(0, 1)
 
     def _apart(self, part: Rows, layer: nn.Module | None, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """What one run's own layer makes of its rows, where that is more than an addition to the base's product."""
         with drawing(part.owner):
-            out = (layer or self.base)(_rows_of(x, part), *args, **kwargs)
+            out = (layer or self.base)(_unpadded(x, part), *args, **kwargs)
         missing = x.shape[1] - part.length
         return nn.functional.pad(out, (0, 0, 0, missing)) if missing else out
 
 
-def _with_its_update(part: Rows, layer: nn.Module | None, x: torch.Tensor, together: torch.Tensor) -> torch.Tensor:
-    """One run's rows of the base's product, with what its adapter adds; to what pads them, nothing: it would draw
-    other numbers for its dropout than alone.
+def _with_its_update(part: Rows, layer: nn.Module | None, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """One run's rows of the base's product, with what its adapter makes of its rows `x` added; to what pads them,
+    nothing: it would draw other numbers for its dropout than alone.
     """
-    out = together[part.first : part.last]
     if layer is None:
         return out
-    updated = with_update(part.owner, layer, _rows_of(x, part), out[:, : part.length])
-    return updated if part.length == x.shape[1] else torch.cat([updated, out[:, part.length :]], dim=1)
+    if part.length == x.shape[1]:
+        return with_update(part.owner, layer, x, out)
+    updated = with_update(part.owner, layer, _unpadded(x, part), out[:, : part.length])
+    return torch.cat([updated, out[:, part.length :]], dim=1)
 
 
-def _rows_of(x: torch.Tensor, part: Rows) -> torch.Tensor:
+def _unpadded(x: torch.Tensor, part: Rows) -> torch.Tensor:
     """One run's rows without what pads them; contiguous, or a GPU draws their dropout in another order than alone."""
-    return x[part.first : part.last, : part.length].contiguous()
+    return x[:, : part.length].contiguous()
 
 
 def adds_to_product(layer: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from llmkit.training.undisturbed import undisturbed
 # How many times as far as one more padded column a joint pass may move a gradient: both are draws of the same noise.
 # A row in the wrong hands moves it by its own length.
 ALLOWED = 10
+SINGLE = torch.finfo(torch.float32).eps
 
 # What stands in the column that is added.
 OF_PADDING = {"labels": -100}
@@ -46,18 +47,26 @@ class Verification:
     """Compares the first joint passes of one run with passes of its own, which leave no trace.
 
     Args:
-        count: micro-batches to compare.
+        count: how many of the first micro-batches to compare.
         alone: within it the run's passes are its own.
+        joint_passes: how many joint passes the run has had a part in; one of its own proves nothing.
         tell: given what was found, once, in words.
     """
 
     def __init__(
-        self, trainer: Any, count: int, alone: Callable[[], AbstractContextManager[None]], tell: Callable[[str], None]
+        self,
+        trainer: Any,
+        count: int,
+        *,
+        alone: Callable[[], AbstractContextManager[None]],
+        joint_passes: Callable[[], int],
+        tell: Callable[[str], None],
     ):
-        self.trainer, self.count, self.alone, self.tell = trainer, count, alone, tell
+        self.trainer, self.count = trainer, count
+        self.alone, self.joint_passes, self.tell = alone, joint_passes, tell
         self.joint, self.padded = Distance(), Distance()
         self.rounding = max(torch.finfo(dtype).eps for dtype in _dtypes(trainer))
-        self.done = 0
+        self.done = self.compared = 0
         self._step = trainer.training_step
         trainer.training_step = self._compared
 
@@ -76,8 +85,11 @@ class Verification:
         with _without_dropout(model) as drops:  # other shapes draw other numbers
             self.padded.add(own_pass(one_longer(inputs)), own_pass(inputs) if drops else own)
         self._forget()
+        before = self.joint_passes()
         loss = self._step(model, inputs, *args, **kwargs)
-        self.joint.add(self._gradients(), own)
+        if self.joint_passes() > before:
+            self.joint.add(self._gradients(), own)
+            self.compared += 1
         for one, gradient in earlier:
             if gradient is not None:
                 one.grad = gradient if one.grad is None else gradient + one.grad
@@ -88,14 +100,20 @@ class Verification:
         """Raises PackDiffers for a difference that is not of rounding; says what was found after the last pass."""
         self.done += 1
         joint, padded = float(self.joint), float(self.padded)
-        if joint > ALLOWED * max(padded, self.rounding):
+        if joint > max(ALLOWED * max(padded, SINGLE), self.rounding):
             raise PackDiffers(
                 f"launcher.verify: together with other runs its gradient is another one, {joint:.1e} of its length "
                 f"away; one more padded column moves it by {padded:.1e}. launcher=local trains each run by itself."
             )
-        if self.done == self.count:
+        if self.done == self.count and not self.compared:
+            self.tell("nothing compared, it went through the base by itself")
+        elif self.done == self.count:
             found = f"{joint:.0e} of their length away from" if joint else "equal to the last bit to"
-            self.tell(f"gradients {found} those alone (one more padded column: {padded:.0e})")
+            of = "" if self.compared == self.count else f"of {self.compared} in {self.count} micro-batches "
+            yardstick = (
+                f"one more padded column: {padded:.0e}" if padded else "nor does one more padded column move them"
+            )
+            self.tell(f"gradients {of}{found} those alone ({yardstick})")
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad]

@@ -52,6 +52,8 @@ class Ray:
 
     def submit(self, configs: Sequence[TrainConfig], run_dirs: Sequence[Path]) -> list[Submitted]:
         """One actor per run; see `cluster.Scheduler`. A Ray of our own is started here."""
+        from llmkit.launchers.ray_job import remove_job
+
         with self._wanted() as ray:
             nodes, address = ray.nodes(), address_of(ray, self.launcher.address)
             if not self.outlives_driver:
@@ -64,7 +66,7 @@ class Ray:
                     _start(ray, config, run_dir, names[-1], gpus_there=_has_gpus(nodes))
             except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
                 for name in names:
-                    _remove(ray, name)
+                    remove_job(name)
                 raise ConfigError(f"launcher=ray: Ray refuses the job: {reason(error)}") from error
         return [Submitted(job_id=f"{name}@{address}") for name in names]
 
@@ -250,6 +252,8 @@ def _actors(ray: Any, names: Collection[str]) -> dict[str, Any]:
 
 
 def _cancel(ray: Any, names: Collection[str]) -> None:
+    from llmkit.launchers.ray_job import remove_job
+
     answers, _ = _call(ray, "stop", names)
     if not answers:
         return
@@ -260,13 +264,4 @@ def _cancel(ray: Any, names: Collection[str]) -> None:
                 continue
         except ray.exceptions.RayActorError:
             pass
-        _remove(ray, name)
-
-
-def _remove(ray: Any, name: str) -> None:
-    """Remove an actor that does not run, and the bundles that it holds."""
-    from llmkit.launchers.ray_job import free_bundles
-
-    for actor in _actors(ray, [name]).values():
-        ray.kill(actor)
-    free_bundles(name)
+        remove_job(name)

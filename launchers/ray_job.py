@@ -149,9 +149,28 @@ class RayJob:
 
     def _leave(self) -> None:
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        free_bundles(self.name)
-        ray.kill(ray.get_actor(self.name))
+        if self.nodes == 1:
+            remove_job(self.name)
+            return
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        outside = ray.remote(JobRemover).options(lifetime="detached", num_cpus=0, scheduling_strategy=here)
+        outside.remote(self.name)
+
+
+class JobRemover:
+    """The actor that removes a job of several nodes, and itself, from outside of that job's bundles.
+
+    The job's actor cannot: Ray ends it with the bundles, and once they are gone waits for ever to start it again
+    (ray-project/ray#57726). So it is to end first, and somebody else is to give the bundles back.
+    """
+
+    def __init__(self, name: str):
+        import ray
+
+        remove_job(name)
+        ray.kill(ray.get_runtime_context().current_actor)
 
 
 class OtherNode:
@@ -201,10 +220,12 @@ class NodeProcess:
         timer.start()
 
 
-def free_bundles(name: str) -> None:
-    """Give back what a job of several nodes holds; one of a single node holds nothing."""
+def remove_job(name: str) -> None:
+    """End a job's actor for good, then give back its bundles; a job of a single node has none."""
     import ray
 
+    with contextlib.suppress(ValueError):  # it has ended
+        ray.kill(ray.get_actor(name))
     with contextlib.suppress(ValueError):  # there is no such group
         ray.util.remove_placement_group(ray.util.get_placement_group(name))
 

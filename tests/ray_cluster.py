@@ -69,6 +69,11 @@ class RayCluster:
             self.kill_node(name)
         shutil.rmtree(self.base, ignore_errors=True)
 
+    def restart(self) -> None:
+        """Begin anew with an empty cluster, at another address."""
+        self.__exit__()
+        self.__enter__()
+
     def heal(self) -> None:
         """Start the second node where it has been killed, and wait until both are there."""
         if "second" not in self._nodes:

@@ -31,7 +31,11 @@ def on_ray(ray_cluster: RayCluster):
     yield ("launcher=ray", address, "launcher.poll_s=1", "launcher.preflight=false", CPU)
     ray_cluster.heal()
     idle = {"nodes": 2, "jobs": [], "groups": 0, "free": 2 * CPUS}
-    wait_until(lambda: ray_cluster.state() == idle, lambda: str(ray_cluster.state()), 120)
+    try:
+        wait_until(lambda: ray_cluster.state() == idle, lambda: str(ray_cluster.state()), 120)
+    except AssertionError:
+        ray_cluster.restart()  # else every later test would fail of this one
+        raise
 
 
 @pytest.fixture

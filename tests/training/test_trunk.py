@@ -11,6 +11,8 @@ from llmkit.training.pack.trunk import JointTrunk, NotOfRows, replaced_layers
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 LLAMA = transformers.LlamaConfig(intermediate_size=24, **SIZES)
+# The products of its attention have a bias.
+QWEN = transformers.Qwen2Config(intermediate_size=24, num_key_value_heads=2, **SIZES)
 # Its feed-forward layers are given all tokens of a batch in one dimension.
 OPT = transformers.OPTConfig(
     ffn_dim=24, dropout=0.0, attention_dropout=0.0, word_embed_proj_dim=16, pad_token_id=0, **SIZES
@@ -44,18 +46,46 @@ class Run:
         return found
 
 
+def test_rows_of_a_run_without_an_adapter_on_a_layer_are_those_of_the_base():
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_config(LLAMA).double()
+    everywhere, one_layer = (
+        Run(base, number, target_modules=target, lora_dropout=0.0)
+        for number, target in enumerate(["all-linear", ["v_proj"]])
+    )
+    alone = one_layer.trunk(**one_layer.batch).last_hidden_state
+    gradients = one_layer.gradients(alone, lambda: None)
+
+    step = JointTrunk(sharing_weights(base)).forward([everywhere, one_layer], [everywhere.batch, one_layer.batch])
+    together = one_layer.gradients(step.hidden[1], step.backward)
+
+    torch.testing.assert_close(step.hidden[1].detach(), alone.detach())
+    torch.testing.assert_close(together, gradients)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize(
     ("config", "adapter"),
     [
         (LLAMA, {"target_modules": "all-linear"}),
+        (LLAMA, {"target_modules": "all-linear", "lora_dropout": 0.0}),
+        (QWEN, {"target_modules": "all-linear", "lora_dropout": 0.0}),
         (LLAMA, {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
         (LLAMA, {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"]}),
         (OPT, {"target_modules": "all-linear", "lora_dropout": 0.0}),
         (OPT, {"target_modules": ["fc1"], "use_dora": True, "lora_dropout": 0.0}),
         (GPT2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     ],
-    ids=["llama", "llama, dora", "llama, embedding", "opt", "opt, dora", "gpt2"],
+    ids=[
+        "llama",
+        "llama, no dropout",
+        "qwen, no dropout",
+        "llama, dora",
+        "llama, embedding",
+        "opt",
+        "opt, dora",
+        "gpt2",
+    ],
 )
 def test_rows_of_each_run_are_as_in_its_own_model_with_its_own_dropout(config, adapter, checkpointing):
     torch.manual_seed(0)

@@ -2,18 +2,25 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmkit.model.adapters import ADAPTER
 from llmkit.training.pack.process_state import ProcessState
+from llmkit.training.pack.updates import (
+    Owner,
+    Rows,
+    add_at_once,
+    adds_to_product,
+    drawing,
+    plain_updates,
+    unpadded,
+    with_update,
+)
 
 LENGTH_DEPENDENT_ROPES = {"dynamic", "longrope"}
 
@@ -21,25 +28,8 @@ LENGTH_DEPENDENT_ROPES = {"dynamic", "longrope"}
 OF_EACH_TOKEN = {"input_ids": 0, "attention_mask": 0, "position_ids": 0}
 
 
-class Owner(Protocol):
-    """One of the runs whose rows are in a batch; `layers` are those of its decoder that PEFT has replaced, by name."""
-
-    state: ProcessState
-    layers: dict[str, nn.Module]
-
-
 class NotOfRows(RuntimeError):
     """A layer is not given the batch as rows of tokens, so that it cannot tell whose is what."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a joint batch that belong to one run, and how long they were before they were padded."""
-
-    owner: Owner
-    first: int
-    last: int
-    length: int
 
 
 class JointTrunk:
@@ -178,9 +168,12 @@ class _PackedLayer(nn.Module):
                 for (part, layer), own in zip(parts, in_rows.split(rows), strict=True)
             ]
         else:
-            together = self.base(x, *args, **kwargs).view(count, tokens, -1)
+            together = self.base(x, *args, **kwargs)
+            if updates := plain_updates(parts, x, together):
+                return add_at_once(together, x, updates)
+            together = together.view(count, tokens, -1)
             outs = [
-                _with_its_update(part, layer, own, out)
+                with_update(part, layer, own, out)
                 for (part, layer), own, out in zip(parts, in_rows.split(rows), together.split(rows), strict=True)
             ]
         out = torch.cat(outs)
@@ -189,57 +182,9 @@ class _PackedLayer(nn.Module):
     def _apart(self, part: Rows, layer: nn.Module | None, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """What one run's own layer makes of its rows, where that is more than an addition to the base's product."""
         with drawing(part.owner):
-            out = (layer or self.base)(_unpadded(x, part), *args, **kwargs)
+            out = (layer or self.base)(unpadded(x, part), *args, **kwargs)
         missing = x.shape[1] - part.length
         return nn.functional.pad(out, (0, 0, 0, missing)) if missing else out
-
-
-def _with_its_update(part: Rows, layer: nn.Module | None, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """One run's rows of the base's product, with what its adapter makes of its rows `x` added; to what pads them,
-    nothing: it would draw other numbers for its dropout than alone.
-    """
-    if layer is None:
-        return out
-    if part.length == x.shape[1]:
-        return with_update(part.owner, layer, x, out)
-    updated = with_update(part.owner, layer, _unpadded(x, part), out[:, : part.length])
-    return torch.cat([updated, out[:, part.length :]], dim=1)
-
-
-def _unpadded(x: torch.Tensor, part: Rows) -> torch.Tensor:
-    """One run's rows without what pads them; contiguous, or a GPU draws their dropout in another order than alone."""
-    return x[:, : part.length].contiguous()
-
-
-def adds_to_product(layer: nn.Module) -> bool:
-    """Whether PEFT's layer adds B(A(dropout(x))) to a matrix product with the frozen weights, and does nothing else."""
-    return isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A and ADAPTER not in layer.lora_variant
-
-
-def with_update(owner: Owner, layer: Any, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """What the run's adapter makes of the layer's output, in the order of operations in which PEFT 0.21 does it."""
-    lora_A, lora_B = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-    dropout, dtype = layer.lora_dropout[ADAPTER], out.dtype
-    is_quantized = type(layer).__module__.endswith("bnb")
-    if not (is_quantized and torch.is_autocast_enabled()):
-        x = layer._cast_input_dtype(x, lora_A.weight.dtype)
-    if isinstance(dropout, nn.Dropout):
-        with drawing(owner):
-            x = dropout(x)
-    update = lora_B(lora_A(x)) * layer.scaling[ADAPTER]
-    if is_quantized:
-        update = update.to(dtype)
-    return (out + update).to(dtype)
-
-
-@contextmanager
-def drawing(owner: Owner) -> Iterator[None]:
-    """What is drawn within are the owner's random numbers."""
-    owner.state.take_random()
-    try:
-        yield
-    finally:
-        owner.state.keep_random()
 
 
 def replaced_layers(trunk: nn.Module, within: str = "") -> dict[str, nn.Module]:

@@ -72,6 +72,8 @@ class RayJob:
     def _run(self) -> None:
         while True:
             record = self._record()
+            if record is not None and record.state == ENDED:  # its node was lost while it was being removed
+                return
             if record is not None and record.starts > self.max_retries:
                 why = f"its node was lost once more than launcher.max_retries={self.max_retries} allows"
                 self._end(EXIT_FAILED, why)
@@ -155,8 +157,11 @@ class RayJob:
             remove_job(self.name)
             return
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        outside = ray.remote(JobRemover).options(lifetime="detached", num_cpus=0, scheduling_strategy=here)
-        outside.remote(self.name)
+        place = {"lifetime": "detached", "num_cpus": 0, "scheduling_strategy": here}
+        remover = ray.remote(JobRemover).options(name=f"{self.name}-remover", get_if_exists=True, **place)
+        while True:  # until it has ended this process
+            remover.remote(self.name)
+            time.sleep(NOTICE)
 
 
 class JobRemover:

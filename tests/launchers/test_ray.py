@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,7 @@ from run_records import steps_of, sweep_of, wait_for_steps
 from slurm_cluster import free_ports, wait_until
 
 from llmkit.config import save
-from llmkit.launchers.job_record import RUNNING, JobRecord
+from llmkit.launchers.job_record import ENDED, RUNNING, JobRecord
 
 CHECKOUT = Path(__file__).parents[2]
 FAST = ("training.max_steps=4", "evaluation=off", "training.logging_steps=1")
@@ -29,11 +30,11 @@ def on_ray(ray_cluster: RayCluster):
     """The words that choose the cluster; afterwards nothing of ours is left on it, and both nodes are there."""
     address = f"launcher.address={ray_cluster.address}"
     yield ("launcher=ray", address, "launcher.poll_s=1", "launcher.preflight=false", CPU)
-    ray_cluster.heal()
     idle = {"nodes": 2, "jobs": [], "groups": 0, "free": 2 * CPUS}
     try:
+        ray_cluster.heal()
         wait_until(lambda: ray_cluster.state() == idle, lambda: str(ray_cluster.state()), 120)
-    except AssertionError:
+    except Exception:
         ray_cluster.restart()  # else every later test would fail of this one
         raise
 
@@ -219,6 +220,41 @@ def test_a_failed_job_of_two_nodes_ends_with_its_reason(on_ray, run_llmkit, tmp_
     assert done.returncode == 2, done.stdout + done.stderr
     assert f"{bad}, line 1: not JSON" in done.stdout
     assert job_of(tmp_path / "runs/failed")["starts"] == 1
+
+
+@pytest.mark.slow
+def test_jobs_of_two_nodes_are_cancelled_while_they_wait_and_while_they_run(on_ray, run_llmkit, tmp_path):
+    whole_nodes = ("hardware.num_nodes=2", f"launcher.num_cpus={CPUS}", BATCH, "launcher.wait=false")
+    runs, waits = (tmp_path / "runs" / name for name in ("runs", "waits"))
+    for run_dir in (runs, waits):
+        queued = run_llmkit("train", *on_ray, *whole_nodes, *LONG, f"name={run_dir.name}")
+        assert queued.returncode == 0, queued.stderr
+    wait_for_steps(runs, 1)
+    states = [job_of(run_dir)["state"] for run_dir in (runs, waits)]
+
+    cancelled = [run_llmkit("jobs", "cancel", run_dir.name) for run_dir in (waits, runs)]
+
+    assert states == ["running", "queued"]
+    assert [done.returncode for done in cancelled] == [0, 0], cancelled
+    wait_until(lambda: job_of(runs)["state"] == "ended", "the cancelled run does not end", 60)
+    assert result_of(runs)["status"] == "preempted"
+    assert not (waits / "metrics.jsonl").exists()
+
+
+def test_a_job_that_has_ended_is_not_run_again_where_its_actor_is_started_again(compose, tmp_path, monkeypatch):
+    from llmkit.launchers.ray_job import RayJob
+
+    save(compose("launcher=ray", *FAST), tmp_path)
+    ended = JobRecord(launcher="ray", job_id="job@127.0.0.1:1", state=ENDED, exit_code=0, starts=3)
+    ended.write(tmp_path)
+    left = threading.Event()
+    monkeypatch.setattr(RayJob, "_leave", lambda job: left.set())
+
+    job = RayJob("job", str(tmp_path), nodes=1, max_retries=0, options={})
+
+    assert left.wait(10)
+    assert JobRecord.read(tmp_path) == ended
+    assert job.here is None
 
 
 @pytest.mark.slow

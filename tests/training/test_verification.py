@@ -67,11 +67,12 @@ def test_steps_are_what_they_were_and_equality_is_told_once(dropout):
     assert line.startswith("gradients equal to the last bit to those alone")
 
 
-def test_a_joint_pass_that_is_another_one_stops_the_run_at_once():
-    trainer = Trainer(off=1e-3)
+@pytest.mark.parametrize(("off", "told"), [(1e-3, "1.0e-03"), (2e-5, "2.0e-05")])
+def test_a_joint_pass_that_is_another_one_stops_the_run_at_once(off, told):
+    trainer = Trainer(off=off)
     verify(trainer, 2, pytest.fail)
 
-    with pytest.raises(PackDiffers, match=r"1\.0e-03 of its length.*launcher=local"):
+    with pytest.raises(PackDiffers, match=rf"{told} of its length.*launcher=local"):
         trainer.training_step(trainer.model, BATCH)
 
 

@@ -169,7 +169,8 @@ class _PackedLayer(nn.Module):
             ]
         else:
             together = self.base(x, *args, **kwargs)
-            if updates := plain_updates(parts, x, together):
+            updates = plain_updates(parts, x, together)
+            if updates is not None:
                 return add_at_once(together, x, updates)
             together = together.view(count, tokens, -1)
             outs = [
@@ -213,7 +214,7 @@ def join(owners: Sequence[Owner], batches: Sequence[dict[str, Any]]) -> tuple[di
     lengths = [batch["input_ids"].shape[1] for batch in batches]
     rows, first = [], 0
     for owner, batch, length in zip(owners, batches, lengths, strict=True):
-        rows.append(Rows(owner, first, first := first + len(batch["input_ids"]), length))
+        rows.append(Rows(first, first := first + len(batch["input_ids"]), length, owner))
     joint = dict(batches[0])
     for name in OF_EACH_TOKEN.keys() & joint.keys():
         padded = [

@@ -18,8 +18,8 @@ from llmkit.training.undisturbed import undisturbed
 # How many times as far as one more padded column a joint pass may move a gradient: both are draws of the same noise.
 # A row in the wrong hands moves it by its own length.
 ALLOWED = 10
-# What may differ in any case, the one column having moved nothing by chance: of sums of n terms the error grows as the
-# root of n (Higham and Mary, "A New Approach to Probabilistic Rounding Error Analysis", 2019), here of 10,000.
+# What may differ in any case, since the one column may by chance move nothing. Chosen: of sums of n terms the error
+# grows as the root of n (Higham and Mary, "A New Approach to Probabilistic Rounding Error Analysis", 2019).
 SMALLEST_NOISE = 100 * torch.finfo(torch.float32).eps
 
 # What stands in the column that is added.

@@ -28,7 +28,7 @@ SWEEPS = {
     ],
     "qlora": ["method=qlora", "lora.r=4,8", "evaluation=off"],
     "qlora with dropout": ["method=qlora", "lora.r=4,8", "lora.lora_dropout=0.1", "evaluation=off"],
-    "dpo": ["recipe=dpo", "lora.r=4,8", "evaluation=off"],
+    "dpo and bf16": ["recipe=dpo", "precision=bf16", "lora.r=4,8", "evaluation=off"],
 }
 
 

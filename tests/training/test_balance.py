@@ -184,7 +184,8 @@ def test_two_ranks_learn_what_one_process_learns(logged, case):
     steps = 2 * -(-21 // (CASES[case][1] * CASES[case][2]))
 
     assert len(values(one, "loss")) == steps
-    for key, precision in {"loss": 1e-5, "grad_norm": 1e-4, "epoch": 0, "num_input_tokens_seen": 0}.items():
+    # Rounding grows with the steps, to 2e-5 on a CPU with AVX-512; a row counted twice moves the loss far more.
+    for key, precision in {"loss": 1e-4, "grad_norm": 1e-4, "epoch": 0, "num_input_tokens_seen": 0}.items():
         assert values(two, key) == pytest.approx(values(one, key), abs=precision), key
     assert values(other, "num_input_tokens_seen") == values(two, "num_input_tokens_seen")
 

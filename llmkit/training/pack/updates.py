@@ -88,7 +88,7 @@ def drawing(owner: Owner) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class PlainUpdate:
-    """One run's B(A(x)) * scaling, without dropout or casts: `lora_A` (rank, input), `lora_B` (output, rank)."""
+    """One run's B(A(x)) * scaling, without dropout: `lora_A` (rank, input), `lora_B` (output, rank)."""
 
     span: Span
     scaling: float
@@ -97,22 +97,26 @@ class PlainUpdate:
 
 
 def plain_updates(parts: Sequence[tuple[Rows, Any]], x: torch.Tensor, out: torch.Tensor) -> list[PlainUpdate] | None:
-    """What all runs add to a layer's output; None if for one it is more than products in the type of `x` and `out`.
+    """What all runs add to a layer's output; None if for one it is more than products in the type of `out`.
 
     Args:
         parts: each run's rows, with its own layer, or None where it has no adapter.
         x: (rows, tokens, input).
         out: (rows, tokens, output), the base's product.
     """
-    in_rows = x.dim() == out.dim() == 3 and x.is_contiguous() and out.is_contiguous()
-    if not in_rows or x.dtype != out.dtype or torch.is_autocast_enabled(x.device.type):
+    if not (x.dim() == out.dim() == 3 and x.is_contiguous() and out.is_contiguous()):
+        return None
+    device = x.device.type
+    computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    taken = {computed, torch.float32} if torch.is_autocast_enabled(device) else {computed}
+    if out.dtype != computed or x.dtype not in taken:
         return None
     updates = []
     for part, layer in parts:
         if layer is None:
             continue
         lora_A, lora_B = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-        same_type = lora_A.weight.dtype == lora_B.weight.dtype == x.dtype
+        same_type = {lora_A.weight.dtype, lora_B.weight.dtype} <= taken
         if lora_B.bias is not None or not same_type or not isinstance(layer.lora_dropout[ADAPTER], nn.Identity):
             return None
         span = Span(part.first, part.last, part.length)
@@ -126,10 +130,12 @@ def add_at_once(out: torch.Tensor, x: torch.Tensor, updates: Sequence[PlainUpdat
     """
     if not updates:
         return out
-    weights = [weight for update in updates for weight in (update.lora_A, update.lora_B)]
+    # As autocast would, whose products have the type of `out`.
+    weights = [weight.to(out.dtype) for update in updates for weight in (update.lora_A, update.lora_B)]
     spans = [update.span for update in updates]
     scalings = [update.scaling for update in updates]
-    added: torch.Tensor = _AddAtOnce.apply(out.clone() if out._is_view() else out, x, spans, scalings, *weights)
+    out = out.clone() if out._is_view() else out
+    added: torch.Tensor = _AddAtOnce.apply(out, x.to(out.dtype), spans, scalings, *weights)
     return added
 
 

@@ -14,7 +14,7 @@ import importlib
 import math
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -218,11 +218,11 @@ def changes(
     told: dict[str, Seen] = {}
     while states:
         glance()
-        records = {run_dir: record for run_dir in states if (record := JobRecord.read(run_dir)) is not None}
         if time.monotonic() - asked >= poll:
-            job_ids = [record.job_id for record in records.values()]
+            job_ids = [record.job_id for record in _records(states).values()]
             told = _patient(functools.partial(scheduler.seen, job_ids), poll)
             asked = time.monotonic()
+        records = _records(states)  # only now: a job that is gone has written before why it ended
         for run_dir, record in records.items():
             seen = judged(record, told.get(record.job_id))
             if seen.state != states[run_dir]:
@@ -235,6 +235,11 @@ def changes(
             yield run_dir, Seen(state=ENDED, detail=f"its {rundir.JOB} has been removed")
         if states:
             time.sleep(min(GLANCE, poll))
+
+
+def _records(run_dirs: Iterable[Path]) -> dict[Path, JobRecord]:
+    """The records of those that have one."""
+    return {run_dir: record for run_dir in run_dirs if (record := JobRecord.read(run_dir)) is not None}
 
 
 def judged(record: JobRecord, told: Seen | None) -> Seen:

@@ -152,6 +152,8 @@ def _seen(run_dir: Path, record: JobRecord | None, told: dict[str, Seen] | None,
         return Seen(state=RUNNING if rundir.is_locked(run_dir) and not is_over else ENDED)
     if told is None:
         return Seen(state=ENDED if ended and record.state == RUNNING else record.state)
+    if record.job_id not in told:  # it may have ended while the scheduler was asked, and says why
+        record = JobRecord.read(run_dir) or record
     return judged(record, told.get(record.job_id))
 
 

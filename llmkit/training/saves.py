@@ -55,11 +55,10 @@ class Saves:
         """How long the run has taken, with what led to the checkpoint it goes on from."""
         return time.monotonic() - self._began
 
-    @property
-    def device_seconds(self) -> float:
-        """Of these, those in which the run had its devices for itself: runs that train together share theirs."""
+    def device_seconds(self, seconds: float) -> float:
+        """Of so many `seconds`, those in which it had its devices for itself: runs that train together share theirs."""
         before = self.earlier.get("seconds", 0.0)
-        return self.earlier.get("device_seconds", before) + seconds_of_device(self.seconds - before)
+        return self.earlier.get("device_seconds", before) + seconds_of_device(seconds - before)
 
     @property
     def step(self) -> int:
@@ -99,14 +98,14 @@ class Saves:
 
     def _facts(self, trainer: Any, metrics: MetricsFile, tracker: NoTracker) -> dict[str, Any]:
         """What the manifest of a checkpoint made now says, beside its files."""
-        hardware = self.config.hardware
+        hardware, seconds = self.config.hardware, self.seconds
         return {
             "world_size": hardware.num_processes * hardware.num_nodes,
             "engine": engine_in_use(trainer),
             "config_hash": hashlib.sha256((self.run_dir / rundir.CONFIG).read_bytes()).hexdigest(),
             **self._fingerprints,
-            "seconds": self.seconds,
-            "device_seconds": self.device_seconds,
+            "seconds": seconds,
+            "device_seconds": self.device_seconds(seconds),
             "tracker": tracker.run_id,
             "eval_loss": metrics.eval_loss_at(trainer.state.global_step),
             "evaluation_pending": trainer.evaluation_pending,

@@ -306,7 +306,7 @@ class Session:
         train_loss = mean_loss([*records, unlogged] if unlogged else records)
         figures = {**self.figures, "train_loss": train_loss}
         devices = config.hardware.num_processes * config.hardware.num_nodes
-        used = self.saves.device_seconds * devices
+        used = self.saves.device_seconds(seconds) * devices
         price = config.hardware.price_per_hour
         delivered = self.best.step if self.best and self.final_is == "best" else state.global_step
         verdict = self.rungs.verdict if self.rungs is not None else None

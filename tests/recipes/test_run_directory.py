@@ -110,7 +110,7 @@ def test_final_best_holds_the_weights_of_the_best_evaluation(train, tmp_path):
 def test_a_price_makes_a_cost(train):
     run = train("hardware=cpu", "hardware.price_per_hour=3600")
 
-    assert run.result["cost"] == pytest.approx(run.result["seconds"], rel=0.01)
+    assert run.result["cost"] == pytest.approx(run.result["seconds"], abs=0.006)  # which is rounded to hundredths
 
 
 def test_without_held_out_rows_the_objective_is_the_training_loss(train):

@@ -257,6 +257,23 @@ def test_a_job_that_has_ended_is_not_run_again_where_its_actor_is_started_again(
     assert job.here is None
 
 
+def test_a_job_that_ends_while_its_scheduler_is_asked_has_said_why(tmp_path):
+    from llmkit.launchers.cluster import changes
+
+    record = JobRecord(launcher="ray", job_id="job@127.0.0.1:1", state=RUNNING)
+    record.write(tmp_path)
+
+    class Ray:
+        def seen(self, job_ids):
+            record.state, record.exit_code, record.ended = ENDED, 1, "its node was lost"
+            record.write(tmp_path)
+            return {}
+
+    ((_, seen),) = changes(Ray(), [tmp_path], poll=1)
+
+    assert (seen.state, seen.detail) == (ENDED, "its node was lost")
+
+
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_run_to_itself_and_the_same_command_finds_it(on_ray, start, run_llmkit, tmp_path):
     driver = start(*on_ray, *LONG, "name=left")

@@ -72,8 +72,8 @@ class RayJob:
     def _run(self) -> None:
         while True:
             record = self._record()
-            if record is not None and record.state == ENDED:  # its node was lost while it was being removed
-                return
+            if record is not None and record.state == ENDED and record.exit_code != EXIT_PREEMPTED:
+                return  # its node was lost while it was being removed; one that was preempted with its node goes on
             if record is not None and record.starts > self.max_retries:
                 why = f"its node was lost once more than launcher.max_retries={self.max_retries} allows"
                 self._end(EXIT_FAILED, why)
